@@ -1,0 +1,9 @@
+"""The one exception a user is meant to read."""
+
+
+class UserError(ValueError):
+    """Bad input from outside: a config key, a flag, a checkpoint, a shard.
+
+    The message is one line that names the key or the file and says how to mend it. Entry points print it
+    without a traceback and exit with status 2; anything else that escapes is a bug in this project.
+    """
