@@ -1,6 +1,6 @@
 """The chunking path as tensor operations: select, gather, nearest, de-chunk (DC-DiT v2 §3.3-3.4).
 
-Every op has a plain PyTorch form (`torch`), and where it was built a native one (`native`: csrc/). "auto" takes
+Every op has a plain PyTorch form (`torch`), and where built a native one (`native`: csrc/). "auto" takes
 the native form when it is loaded and serves the tensors' device, then Triton where one exists, else PyTorch.
 All forms share one signature, the same rules for ties, and no data-dependent output shapes.
 
