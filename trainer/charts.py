@@ -1,0 +1,177 @@
+"""Small line and bar charts as SVG text, coloured by the page's CSS variables, so dark mode costs nothing.
+
+A chart is drawn on a canvas of 460 x 270 units with 12-unit type, so that it stays readable when it is shrunk
+to a phone's width. The classes it uses (`axis`, `gridline`, `tick`, `s0`.. for the series) are in
+`assets/report.css`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 460, 270
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 44
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: points in x order; `style` of line | faint | dots; `tone` picks the colour (0-3)."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    tone: int = 0
+    style: str = "line"
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str = "",
+    y_range: tuple[float, float] | None = None,
+    y_percent: bool = False,
+    marks: Sequence[tuple[float, str]] = (),
+) -> str:
+    """An SVG line chart with a legend above it; `marks` are labelled dashed levels of y.
+
+    Points that are not finite are left out. Without `y_range` the axis spans the data, with the highest
+    hundredth of each line clipped so that one early spike does not flatten the rest.
+    """
+    series = [Series(s.name, _thin(_finite(s.points)), s.tone, s.style) for s in series]
+    series = [s for s in series if s.points]
+    xs = [x for s in series for x, _ in s.points] or [0.0, 1.0]
+    x0, x1 = min(xs), max(xs)
+    x1 = x1 if x1 > x0 else x0 + 1.0
+    y0, y1 = y_range or _span(series, [level for level, _ in marks])
+    y_ticks = ticks(y0, y1)
+    if y_range is None:
+        y0, y1 = min(y0, y_ticks[0]), max(y1, y_ticks[-1])
+
+    def px(x: float) -> float:
+        return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
+
+    def py(y: float) -> float:
+        y = min(max(y, y0), y1)
+        return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
+
+    out = [_open(y_label or x_label)]
+    for y in y_ticks:
+        text = f"{y * 100:.3g}%" if y_percent else short(y)
+        out.append(_level("gridline", py(y)))
+        out.append(_text(LEFT - 7, py(y) + 4, text, "end"))
+    for x in ticks(x0, x1, 5):
+        out.append(_text(px(x), HEIGHT - BOTTOM + 18, short(x), "middle"))
+    for level, name in marks:
+        out.append(_level("mark", py(level)))
+        out.append(_text(WIDTH - RIGHT - 4, py(level) - 5, name, "end"))
+    out.append(_level("axis", py(y0)))
+    for s in series:
+        out.append(_draw(s, px, py))
+    out.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "middle", "label"))
+    return _legend(series) + "".join(out) + "</svg>"
+
+
+def bars(rows: Sequence[tuple[str, float, str]], *, top: float | None = None) -> str:
+    """Horizontal bars as HTML: (name, value, value as text), the longest filling the width (or `top`)."""
+    longest = top or max((value for _, value, _ in rows), default=1.0) or 1.0
+    return (
+        '<div class="bars">'
+        + "".join(
+            f'<div class="bar-name">{escape(name)}</div><div class="bar-track"><div class="bar-fill" '
+            f'style="width:{min(max(value / longest, 0), 1) * 100:.1f}%"></div></div>'
+            f'<div class="bar-value">{escape(text)}</div>'
+            for name, value, text in rows
+        )
+        + "</div>"
+    )
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round values (1, 2, 2.5 or 5 times a power of ten) that cover low..high from inside."""
+    if not high > low:
+        high = low + 1.0
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def short(value: float) -> str:
+    """1234567 -> 1.23M, 20000 -> 20K, 0.25 -> 0.25."""
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "K")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if letter == 'K' else limit):.3g}{letter}"
+    return f"{value:.4g}"
+
+
+def smooth(points: Sequence[tuple[float, float]], span: int) -> list[tuple[float, float]]:
+    """Exponential mean over about `span` points, without the usual pull towards the first point."""
+    decay, total, weight, out = 1.0 - 1.0 / max(span, 1), 0.0, 0.0, []
+    for x, y in _finite(points):
+        total, weight = total * decay + y, weight * decay + 1.0
+        out.append((x, total / weight))
+    return out
+
+
+def _span(series: Sequence[Series], levels: Sequence[float]) -> tuple[float, float]:
+    lows, highs = list(levels), list(levels)
+    for s in series:
+        ys = sorted(y for _, y in s.points)
+        lows.append(ys[0])
+        highs.append(ys[min(len(ys) - 1, int(len(ys) * 0.99))])
+    low, high = min(lows, default=0.0), max(highs, default=1.0)
+    if high - low < 1e-9:
+        return low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+    return (0.0 if 0 <= low < 0.4 * high else low - 0.06 * (high - low)), high + 0.06 * (high - low)
+
+
+def _draw(s: Series, px, py) -> str:
+    points = [(px(x), py(y)) for x, y in s.points]
+    dots = "".join(f'<circle class="dot s{s.tone}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in points)
+    path = "".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(points))
+    line = f'<path class="line s{s.tone}{" faint" if s.style == "faint" else ""}" d="{path}"/>'
+    if s.style == "dots" or len(points) == 1:
+        return (line if len(points) > 1 else "") + (dots if len(points) <= 40 else "")
+    return line
+
+
+def _legend(series: Sequence[Series]) -> str:
+    named = [s for s in series if s.name]
+    if not named:
+        return ""
+    items = "".join(f'<span><i class="swatch s{s.tone}"></i>{escape(s.name)}</span>' for s in named)
+    return f'<div class="legend">{items}</div>'
+
+
+def _open(label: str) -> str:
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
+    return f'<svg class="chart" {box} role="img" aria-label="{escape(label, quote=True)}">'
+
+
+def _level(kind: str, y: float) -> str:
+    return f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if y is not None and math.isfinite(x) and math.isfinite(y)]
+
+
+def _thin(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
+    """At most about `most` points: the lowest and the highest of each stretch, so that spikes survive."""
+    if len(points) <= most:
+        return list(points)
+    size = -(-2 * len(points) // most)
+    out = []
+    for start in range(0, len(points), size):
+        part = points[start : start + size]
+        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+        out.extend(sorted(ends))
+    return out
