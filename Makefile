@@ -1,0 +1,39 @@
+# make demo | make test | make setup | make lint | make bench | make clean
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.dcdit-installed
+
+.PHONY: demo setup test lint bench smoke clean help
+.DEFAULT_GOAL := help
+
+help:            ## this list
+	@grep -E '^[a-z]+: .*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+setup: $(STAMP)  ## .venv, dependencies, the package in editable mode, the extension built
+
+$(STAMP): setup.py pyproject.toml constraints.txt launch/setup.sh $(wildcard csrc/*.cpp csrc/*/*)
+	PYTHON=$(PYTHON) VENV=$(VENV) bash launch/setup.sh
+	@touch $(STAMP)
+
+demo: $(STAMP)   ## train, stop, resume, sample and report on real photographs (under 12 minutes on two cores)
+	$(PY) trainer/demo.py
+
+test: $(STAMP)   ## the whole test suite, on the CPU
+	OMP_NUM_THREADS=1 $(PY) -m pytest
+
+lint: $(STAMP)   ## ruff
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+smoke: $(STAMP)  ## the demo's path in about a minute: two processes, a kill, a resume, samples, the report
+	$(PY) trainer/demo.py --quick
+
+bench: $(STAMP)  ## side-by-side measurements of the ops
+	OMP_NUM_THREADS=2 $(PY) benchmarks/chunking.py
+
+clean:           ## remove what was built (not runs/)
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find model -name '*.so' -delete
+	rm -f $(STAMP)

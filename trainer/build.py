@@ -1,0 +1,96 @@
+"""From config and data to the parts of a run: model, process, optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from model import DCDiT, DiT, preset
+from model.diffusion import make_process
+from model.errors import UserError
+from trainer.config import Config
+from trainer.data.manifest import Manifest
+
+
+def build_model(config: Config, manifest: Manifest) -> DCDiT | DiT:
+    """The model of ``config`` sized for the data, initialised from ``run.seed`` alone: on the CPU, whole, so the
+    same seed gives the same weights under every engine and on every number of processes.
+
+    Raises:
+        UserError: unknown preset or override, or sizes that do not go together.
+    """
+    sizes: dict[str, Any] = {
+        "in_channels": manifest.channels,
+        "input_size": (manifest.height, manifest.width),
+        "num_classes": manifest.num_classes,
+        "learn_sigma": config.diffusion.kind == "gaussian" and config.diffusion.learn_sigma,
+        "attention_backend": config.attention.backend,
+    }
+    baseline = config.model.preset.lower().startswith("dit-")
+    if not baseline:
+        sizes |= {
+            "router": config.model.router,
+            "target_ratio": config.model.target_ratio,
+            "dechunk_sigma": config.model.dechunk_sigma,
+            "ops_backend": config.ops.backend,
+        }
+    model_config = preset(config.model.preset, **(sizes | config.model.overrides))
+    torch.manual_seed(config.run.seed)
+    return DiT(model_config) if baseline else DCDiT(model_config)
+
+
+def build_process(config: Config) -> Any:
+    return make_process(**process_kwargs(config))
+
+
+def process_kwargs(config: Config) -> dict[str, Any]:
+    """What ``make_process`` takes; stored beside exported weights so that sampling needs no config."""
+    kind = config.diffusion.kind
+    return {
+        "kind": kind,
+        "num_timesteps": config.diffusion.num_timesteps,
+        "learn_sigma": kind == "gaussian" and config.diffusion.learn_sigma,
+        "t0_likelihood": config.diffusion.t0_likelihood,
+        "time_sampling": config.diffusion.time_sampling,
+    }
+
+
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    options = config.optimizer
+    return torch.optim.AdamW(
+        model.parameters(), lr=options.lr, betas=tuple(options.betas), eps=options.eps,
+        weight_decay=options.weight_decay, fused=True,
+    )  # fmt: skip
+
+
+def learning_rate(config: Config, images: int) -> float:
+    """Linear warm-up, then constant (DC-DiT v2 §4.1); a function of the position alone.
+
+    Args:
+        images: images seen after the step that uses this rate.
+    """
+    warmup = config.optimizer.warmup_images
+    return config.optimizer.lr * (min(1.0, images / warmup) if warmup else 1.0)
+
+
+def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Compare the flat config of a checkpoint with the present one.
+
+    Returns:
+        ``key: old -> new`` of every change that may be made on the way.
+
+    Raises:
+        UserError: a change that the saved state cannot go on with.
+    """
+    fixed = ("model.", "diffusion.", "train.global_batch_size", "run.seed")
+    free = ("model.router_start", "diffusion.time_sampling")
+    changed = [k for k in now if k in before and before[k] != now[k]]
+    for key in changed:
+        if key.startswith(fixed) and key not in free:
+            raise UserError(
+                f"{key}: {now[key]!r}, but the checkpoint was made with {before[key]!r}; "
+                "set it back, or start another run with another run.dir"
+            )
+    return [f"{k}: {before[k]} -> {now[k]}" for k in changed if not k.startswith("run.")]

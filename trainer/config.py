@@ -1,0 +1,347 @@
+"""The run's configuration: schema (these dataclasses) -> YAML -> command line, strict at every step.
+
+The dataclasses below are the only place where a key exists; ``configs/base.yaml`` lists them all with their
+defaults and comments (a test keeps the two equal). A YAML file may name others under ``include:`` (read first,
+in order, relative to the file). ``key=value`` arguments come last and win.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from model.errors import UserError
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"
+    dir: str = "runs/${run.name}"
+    seed: int = 0
+
+
+@dataclass
+class ModelConfig:
+    preset: str = "DC-DiT-S"
+    router: str = "spatial"
+    target_ratio: float = 4.0
+    dechunk_sigma: float = 1.0
+    router_start: str = "calibrated"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DiffusionConfig:
+    kind: str = "gaussian"
+    num_timesteps: int = 1000
+    learn_sigma: bool = True
+    t0_likelihood: str = "image_bins"
+    time_sampling: str = "uniform"
+
+
+@dataclass
+class DataConfig:
+    format: str = "mds"
+    path: str = "???"
+    cache: str | None = None
+    num_workers: int = 2
+    label_drop: float = 0.1
+
+
+@dataclass
+class TrainConfig:
+    total_images: int = 102_400_000
+    global_batch_size: int = 256
+    micro_batch_size: int | None = None
+    precision: str = "bf16"
+    ratio_weight: float = 0.03
+    ratio_group: int = 16
+    tail_drop: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    tail_drop_after: int = 1_280_000
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_images: int = 0
+    clip: float = 1.0
+
+
+@dataclass
+class EmaConfig:
+    decay: float = 0.9999
+
+
+@dataclass
+class ParallelConfig:
+    engine: str = "fsdp"
+    replicate: int = 1
+    activation_checkpointing: str = "none"
+    compile: bool = False
+    timeout_minutes: float = 30.0
+
+
+@dataclass
+class BackendConfig:
+    backend: str = "auto"
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 1_280_000
+    keep_last: int = 3
+    resume_from: str | None = None
+
+
+@dataclass
+class EvalConfig:
+    every: int = 1_280_000
+    count: int = 1024
+    batch_size: int = 32
+
+
+@dataclass
+class LogConfig:
+    every: int = 20
+    tensorboard: bool = True
+    wandb: str = "disabled"
+    wandb_project: str = "dcdit"
+    wandb_entity: str | None = None
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    ops: BackendConfig = field(default_factory=BackendConfig)
+    attention: BackendConfig = field(default_factory=BackendConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+CHOICES = {
+    "model.router": ("spatial", "cosine"),
+    "model.router_start": ("calibrated", "released"),
+    "diffusion.kind": ("gaussian", "flow"),
+    "diffusion.t0_likelihood": ("image_bins", "gaussian"),
+    "diffusion.time_sampling": ("uniform", "logit_normal"),
+    "data.format": ("mds",),
+    "train.precision": ("bf16", "fp32"),
+    "parallel.engine": ("fsdp", "ddp"),
+    "parallel.activation_checkpointing": ("none", "block"),
+    "ops.backend": ("auto", "native", "triton", "torch"),
+    "attention.backend": ("auto", "flash3", "flash2", "varlen", "sdpa"),
+    "log.wandb": ("online", "offline", "disabled"),
+}
+POSITIVE = (
+    "diffusion.num_timesteps", "train.total_images", "train.global_batch_size", "train.micro_batch_size",
+    "train.ratio_group", "optimizer.lr", "optimizer.eps", "optimizer.clip", "parallel.replicate",
+    "parallel.timeout_minutes", "checkpoint.every", "checkpoint.keep_last", "eval.every", "eval.count",
+    "eval.batch_size", "log.every", "model.dechunk_sigma",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "data.num_workers", "train.ratio_weight", "train.tail_drop_after", "optimizer.weight_decay",
+    "optimizer.warmup_images", "run.seed",
+)  # fmt: skip
+
+
+def known_keys(schema: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, sections left out; ``model.overrides`` stands for what is below it."""
+    instance = schema() if isinstance(schema, type) else schema
+    keys = []
+    for name, value in vars(instance).items():
+        keys += known_keys(value, f"{prefix}{name}.") if is_dataclass(value) else [prefix + name]
+    return keys
+
+
+def load_config(file: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Schema, then ``file`` (with what it includes), then ``key=value`` strings; checked as a whole.
+
+    Raises:
+        UserError: missing or unreadable file, unknown key (with the nearest real one), wrong type, a value
+            out of range or not among the choices. The message names the key and where it was set.
+    """
+    merged = OmegaConf.structured(Config)
+    if file is not None:
+        merged = _merge(merged, _read_yaml(Path(file), ()), str(file))
+    for text in overrides:
+        merged = _merge(merged, _parse_override(text), f"argument {text!r}")
+    for key in sorted(OmegaConf.missing_keys(merged)):
+        raise UserError(f"{key}: not set; give it in the YAML file or as {key}=VALUE")
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{getattr(error, 'full_key', None) or '?'}: {_first_line(error)}") from None
+    check_config(config)
+    return config
+
+
+def save_config(config: Config, file: Path) -> None:
+    """Write the resolved config as YAML; ``load_config`` reads it back to an equal config."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(to_yaml(config))
+    temporary.replace(file)
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, for comparing two configs and for loggers."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    flat: dict[str, Any] = {}
+    for section, values in plain.items():
+        flat.update({f"{section}.{name}": value for name, value in values.items()})
+    return flat
+
+
+def check_config(config: Config) -> None:
+    """Ranges and choices that the types cannot say.
+
+    Raises:
+        UserError: the message names the key.
+    """
+    flat = flatten(config)
+    for key, choices in CHOICES.items():
+        if flat[key] not in choices:
+            near = difflib.get_close_matches(str(flat[key]), choices, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{key}: {flat[key]!r} is not one of {', '.join(choices)}{hint}")
+    for key in POSITIVE:
+        if flat[key] is not None and flat[key] <= 0:
+            raise UserError(f"{key}: must be above 0, got {flat[key]}")
+    for key in NOT_NEGATIVE:
+        if flat[key] < 0:
+            raise UserError(f"{key}: must not be negative, got {flat[key]}")
+    if config.model.target_ratio <= 1:
+        raise UserError(f"model.target_ratio: must be above 1, got {config.model.target_ratio}")
+    if not config.train.tail_drop or any(not 0 <= rho < 1 for rho in config.train.tail_drop):
+        raise UserError(f"train.tail_drop: a list of fractions in [0, 1), got {config.train.tail_drop}")
+    if not 0 <= config.data.label_drop <= 1:
+        raise UserError(f"data.label_drop: a fraction in [0, 1], got {config.data.label_drop}")
+    if not 0 <= config.ema.decay < 1:
+        raise UserError(f"ema.decay: must be in [0, 1), got {config.ema.decay}")
+    if len(config.optimizer.betas) != 2 or any(not 0 <= b < 1 for b in config.optimizer.betas):
+        raise UserError(f"optimizer.betas: two numbers in [0, 1), got {config.optimizer.betas}")
+    if config.train.total_images % config.train.global_batch_size:
+        steps = max(1, round(config.train.total_images / config.train.global_batch_size))
+        raise UserError(
+            f"train.total_images: {config.train.total_images} is not a whole number of steps of "
+            f"train.global_batch_size {config.train.global_batch_size}; "
+            f"use {steps * config.train.global_batch_size}"
+        )
+
+
+def micro_batch(config: Config, world_size: int) -> int:
+    """Images per rank per forward pass; checks that the global batch divides.
+
+    Raises:
+        UserError: lists the valid choices.
+    """
+    size = config.train.global_batch_size
+    if size % world_size:
+        near = [n for n in range(max(1, size - world_size), size + world_size + 1) if n % world_size == 0]
+        raise UserError(
+            f"train.global_batch_size: {size} does not divide over {world_size} processes; "
+            f"use {' or '.join(map(str, near))}"
+        )
+    per_rank = size // world_size
+    micro = config.train.micro_batch_size or per_rank
+    if per_rank % micro:
+        valid = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+        raise UserError(
+            f"train.micro_batch_size: {micro} does not divide the {per_rank} images per process "
+            f"({size} over {world_size}); valid: {', '.join(map(str, valid))}"
+        )
+    if world_size % config.parallel.replicate:
+        raise UserError(
+            f"parallel.replicate: {config.parallel.replicate} does not divide the {world_size} processes"
+        )
+    return micro
+
+
+def _read_yaml(file: Path, chain: tuple[Path, ...]) -> DictConfig:
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {file.parent / near[0]}?" if near else ""
+        raise UserError(f"--config: no such file {file}{hint}")
+    if file.resolve() in chain:
+        raise UserError(f"{file}: includes itself")
+    try:
+        loaded = OmegaConf.load(io.StringIO(file.read_text()))
+    except Exception as error:  # the YAML reader raises many kinds, all meaning "not YAML"
+        raise UserError(f"{file}: not readable as YAML: {_first_line(error)}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{file}: expected `section:` entries at the top level")
+    includes = loaded.pop("include", None) or []
+    includes = [includes] if isinstance(includes, str) else list(includes)
+    merged = OmegaConf.create({})
+    for name in includes:
+        part = _read_yaml(file.parent / name, (*chain, file.resolve()))
+        merged = OmegaConf.merge(merged, part)
+    _reject_unknown(loaded, str(file))
+    return OmegaConf.merge(merged, loaded)
+
+
+def _parse_override(text: str) -> DictConfig:
+    if "=" not in text or text.startswith("-"):
+        raise UserError(f"argument {text!r}: expected key=value, for example train.global_batch_size=256")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except Exception as error:
+        raise UserError(f"argument {text!r}: {_first_line(error)}") from None
+
+
+def _merge(base: DictConfig, extra: DictConfig, where: str) -> DictConfig:
+    _reject_unknown(extra, where)
+    try:
+        return OmegaConf.merge(base, extra)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise UserError(f"{where}: {key}: {_first_line(error)}") from None
+
+
+def _reject_unknown(extra: DictConfig, where: str) -> None:
+    keys = known_keys()
+    sections = sorted({key.split(".")[0] for key in keys})
+    for section, values in extra.items():
+        if section not in sections:
+            raise UserError(f"{where}: unknown key {section!r}{_nearest(str(section), sections + keys)}")
+        if not isinstance(values, DictConfig):
+            raise UserError(f"{where}: {section}: is a section; set one of its keys, as in {section}.KEY=VALUE")
+        for name in values:
+            if f"{section}.{name}" not in keys:
+                raise UserError(
+                    f"{where}: unknown key '{section}.{name}'{_nearest(f'{section}.{name}', keys)}"
+                )
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    near = difflib.get_close_matches(key, keys, 1, 0.5)
+    if not near:  # the right name in another section, as in `lr=1e-4`
+        last = key.rsplit(".", 1)[-1]
+        near = [k for k in keys if k.rsplit(".", 1)[-1] == last] or difflib.get_close_matches(
+            last, [k.rsplit(".", 1)[-1] for k in keys], 1, 0.6
+        )
+    return f"; did you mean {near[0]!r}?" if near else "; configs/base.yaml lists every key"
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).strip().split("\n")[:1]) or type(error).__name__

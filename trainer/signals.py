@@ -1,0 +1,41 @@
+"""Signals only set a flag; the step boundary, evaluation and sampling look at it.
+
+Exit codes of ``trainer/train.py``: 0 the run is complete; 2 bad input (one line says which); 75 stopped by a
+signal after saving: the same command goes on (75 is EX_TEMPFAIL of sysexits.h, "try again").
+"""
+
+from __future__ import annotations
+
+import signal
+
+from trainer.parallel.world import World
+
+EXIT_OK = 0
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75
+
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopFlag:
+    """Catches SIGTERM, SIGINT and SIGUSR1 (Slurm's ``--signal``) and remembers them.
+
+    A second SIGINT gives the terminal its usual meaning back, so an impatient Ctrl-C Ctrl-C still ends the run.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before = {s: signal.signal(s, self._note) for s in _HANDLED}
+
+    def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def agreed(self, world: World) -> bool:
+        """True on every rank once any rank was signalled, so that all stop at the same step."""
+        return world.any(self.received is not None)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,125 @@
+"""The numbers of a training step, kept on the device and read once per log row."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.errors import UserError
+from model.flops import flops
+from trainer.config import Config
+from trainer.parallel import World
+
+# Dense bf16 peaks of the vendors' data sheets, TFLOP/s, for MFU; a device not listed shows none.
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "B200": 2250, "MI250": 191, "MI300X": 1307, "MI355": 2500}
+KEYS = ("loss", "loss_diffusion", "loss_ratio", "loss_mse", "loss_vlb", "natural", "retained")
+
+
+class StepStats:
+    """Collects per-step parts; ``row`` averages them over the steps since the last row and over the ranks."""
+
+    def __init__(self, config: Config, world: World, model_config: Any) -> None:
+        self.config, self.world, self.model_config = config, world, model_config
+        name = torch.cuda.get_device_name() if world.device.type == "cuda" else ""
+        self.peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
+        self.bad: torch.Tensor = torch.zeros((), device=world.device)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.steps: list[torch.Tensor] = []  # one row of KEYS per step, on the device
+        self._parts: list[dict[str, torch.Tensor]] = []
+        self.seconds_data = self._away = 0.0
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Time spent inside (evaluation, a save) does not count as training."""
+        start = time.perf_counter()
+        yield
+        self._away += time.perf_counter() - start
+
+    def timed_next(self, batches: Any) -> Any:
+        """The loader's next batch; the wait is counted as ``seconds_data``."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.seconds_data += time.perf_counter() - start
+        return batch
+
+    def add(self, parts: dict[str, torch.Tensor]) -> None:
+        self._parts.append(parts)
+
+    def end(self, norm: torch.Tensor, lr: float, tail_drop: float) -> None:
+        zero = torch.zeros((), device=self.world.device)
+        columns = [torch.stack([p.get(k, zero).float() for p in self._parts]) for k in KEYS]
+        summed = [c.sum() if k in ("natural", "retained") else c.mean() for k, c in zip(KEYS, columns, strict=True)]
+        self.steps.append(torch.stack(summed))
+        self._parts = []
+        self.norm, self.lr, self.rho = norm.detach(), lr, tail_drop
+        self.bad += ~torch.isfinite(summed[0]) | ~torch.isfinite(self.norm)
+
+    def row(self, step: int, images: int) -> dict[str, Any]:
+        """One row of ``metrics.jsonl``. The only place where training waits for the device."""
+        local = torch.stack(self.steps).cpu()
+        seconds = time.perf_counter() - self._start - self._away
+        everyone = [torch.empty_like(local) for _ in range(self.world.size)]
+        dist.all_gather(everyone, local, group=self.world.control)
+        table = torch.stack(everyone).double()  # rank, step, key
+        mean = dict(zip(KEYS, table.mean(dim=(0, 1)).tolist(), strict=True))
+        batch, count = self.config.train.global_batch_size, len(self.steps)
+        row = {
+            "step": step, "images": images, "loss": mean["loss"], "loss_diffusion": mean["loss_diffusion"],
+            "loss_mse": mean["loss_mse"], "loss_vlb": mean["loss_vlb"], "loss_ratio": mean["loss_ratio"],
+        }  # fmt: skip
+        row |= self._tokens(table, mean)
+        row |= {
+            "images_per_second": batch * count / seconds, "grad_norm": float(self.norm), "lr": self.lr,
+            "tail_drop": self.rho, "seconds_data": self.seconds_data / count,
+            "seconds_step": seconds / count,
+        }  # fmt: skip
+        if self.world.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        row |= self._speed(row)
+        self._reset()
+        self.check_finite(step)
+        return row
+
+    def check_finite(self, step: int) -> None:
+        """Stop before a checkpoint could be written from weights that are no longer numbers.
+
+        Raises:
+            UserError: some step since the start had a loss or gradient norm that was not finite.
+        """
+        if self.world.any(bool(self.bad.item())):
+            raise UserError(
+                f"train: the loss or the gradient norm was not finite at or before step {step}; nothing was saved "
+                "since. Lower optimizer.lr, or set train.precision=fp32, and start again from the last checkpoint"
+            )
+
+    def _tokens(self, table: torch.Tensor, mean: dict[str, float]) -> dict[str, Any]:
+        """compression = grid tokens per natural token; tokens = retained ones of a global batch; imbalance = most
+        loaded rank over the mean (of retained tokens), averaged over steps."""
+        retained = table[:, :, KEYS.index("retained")]
+        if float(retained.sum()) == 0:
+            return {"compression": None, "tokens": None, "imbalance": 1.0}
+        height, width = self.model_config.input_size
+        grid = self.config.train.global_batch_size * height * width
+        return {
+            "compression": grid / (mean["natural"] * self.world.size),
+            "tokens": round(float(retained.sum(dim=0).mean())),
+            "imbalance": float((retained.max(dim=0).values / retained.mean(dim=0)).mean()),
+        }
+
+    def _speed(self, row: dict[str, Any]) -> dict[str, Any]:
+        """TFLOP/s per device, forward and backward counted as three forwards, and its share of the peak."""
+        retained = None if row["tokens"] is None else row["tokens"] / self.config.train.global_batch_size
+        per_image = 3 * flops(self.model_config, retained)["total"]
+        tflops = per_image * row["images_per_second"] / self.world.size / 1e12
+        if not math.isfinite(tflops):
+            return {}
+        return {"tflops": tflops} | ({"mfu": tflops / self.peak} if self.peak else {})

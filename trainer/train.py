@@ -1,0 +1,100 @@
+"""Train DC-DiT or DiT.
+
+    torchrun --nproc_per_node=8 trainer/train.py --config configs/recipe/imagenet256_b.yaml run.dir=runs/b
+    dcdit train --config configs/recipe/demo.yaml optimizer.lr=3e-4
+
+The same command goes on where a run left off: after preemption, a kill, or on another number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # `python trainer/train.py` puts trainer/ first on the path; the packages are beside it
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from model.errors import UserError
+from trainer.config import Config, flatten, load_config, micro_batch, save_config
+from trainer.signals import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED
+
+
+def parser() -> argparse.ArgumentParser:
+    text = argparse.ArgumentParser(
+        prog="dcdit train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit status: 0 complete, 2 bad input, 75 stopped by a signal after saving (run again to go on)",
+    )  # fmt: skip
+    text.add_argument("--config", metavar="FILE", required=True, help="YAML file; configs/recipe/ has those people run")
+    text.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    text.add_argument("overrides", metavar="key=value", nargs="*", help="any key of configs/base.yaml")
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status (see ``trainer.signals``)."""
+    arguments = parser().parse_args(argv)
+    from trainer.parallel.world import rank_and_size
+
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        check(config)
+        return run(config, arguments.device)
+    except UserError as error:
+        if rank_and_size()[0] == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+
+
+def check(config: Config) -> None:
+    """All that can be wrong is looked at before processes meet or a device is touched.
+
+    Raises:
+        UserError: the first thing found.
+    """
+    from trainer import checkpoint
+    from trainer.build import build_process, check_resumable
+    from trainer.data import open_source
+    from trainer.loop import find_checkpoint
+    from trainer.metrics import check_wandb
+    from trainer.parallel.world import rank_and_size
+
+    micro_batch(config, rank_and_size()[1])
+    check_wandb(config)
+    build_process(config)
+    for split in ("train", "heldout"):
+        open_source(config.data.path, split, cache=config.data.cache)
+    folder = Path(config.run.dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.dir: {folder} is a file; choose another folder")
+    found = find_checkpoint(config)
+    if found is not None:
+        for change in check_resumable(checkpoint.read_state(found)["config"], flatten(config)):
+            if rank_and_size()[0] == 0:
+                print(f"changed since the checkpoint: {change}", flush=True)
+
+
+def run(config: Config, device: str = "auto") -> int:
+    """Train as ``config`` says, with the processes torchrun started (one without it)."""
+    from trainer.data import open_source
+    from trainer.loop import Trainer
+    from trainer.parallel import close_world, open_world
+
+    world = open_world(config.parallel.timeout_minutes, device)
+    try:
+        if world.main:
+            Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+            save_config(config, Path(config.run.dir) / "config.yaml")
+        sources = [open_source(config.data.path, split, cache=config.data.cache) for split in ("train", "heldout")]
+        trainer = Trainer(config, world, *sources)
+        complete = trainer.run()
+        if world.main:
+            print(f"{'complete' if complete else 'stopped'} at {trainer.position} images: {config.run.dir}", flush=True)
+        del trainer
+    finally:
+        close_world()
+    return EXIT_OK if complete else EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
