@@ -47,7 +47,7 @@ class DCDiTConfig:
         _check_int("enc_dec_dim_factor", self.enc_dec_dim_factor)
         if self.hidden_size % 32:
             raise UserError(
-                f"hidden_size={self.hidden_size} is not a multiple of 32 (the encoder's GroupNorm has 32 groups)"
+                f"hidden_size={self.hidden_size} is not a multiple of 32 (the encoder has GroupNorm(32))"
             )
         if self.hidden_size % self.enc_dec_dim_factor or self.encoder_size % 32:
             raise UserError(
@@ -89,7 +89,7 @@ class DCDiTConfig:
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Shapes of a DiT, the fixed-patch baseline. Raises UserError naming the key for shapes that do not fit."""
+    """Shapes of a DiT, the fixed-patch baseline. Raises UserError naming the key that does not fit."""
 
     hidden_size: int = 384
     depth: int = 12
@@ -105,11 +105,10 @@ class DiTConfig:
     def __post_init__(self) -> None:
         _check_common(self)
         if self.patch_size not in PATCH_SIZES:
-            raise UserError(f"patch_size={self.patch_size!r} is not one of {', '.join(map(str, PATCH_SIZES))}")
+            known = ", ".join(map(str, PATCH_SIZES))
+            raise UserError(f"patch_size={self.patch_size!r} is not one of {known}")
         if any(n % self.patch_size for n in self.input_size):
-            raise UserError(
-                f"input_size={self.input_size} is not divisible by patch_size={self.patch_size}"
-            )
+            raise UserError(f"input_size={self.input_size} is not divisible by patch_size={self.patch_size}")
 
     @property
     def out_channels(self) -> int:

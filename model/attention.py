@@ -1,0 +1,158 @@
+"""Attention inside each sequence of a packed batch, and which kernel computes it.
+
+Shapes: T packed tokens, B sequences, N heads, K channels of a head; cu_seqlens (B+1,) int32.
+
+Backends, best first:
+- flash3: flash-attention 3 (`flash_attn_interface`), Hopper GPUs, bf16 or fp16
+- flash2: flash-attention 2 (`flash_attn`), NVIDIA from Ampere on and AMD, bf16 or fp16
+- torch_varlen: torch.nn.attention.varlen, in torch from 2.10 on, GPUs, bf16 or fp16
+- sdpa: one scaled_dot_product_attention per sequence, or one for all where all are equally long; any device
+  and dtype. On the CPU the fastest of the ways tried (5x a block-diagonal nested tensor).
+"""
+
+import importlib
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import ATTENTION_BACKENDS
+from model.errors import UserError
+
+KERNELS = ("flash3", "flash2", "torch_varlen")  # in order of preference; sdpa is always there
+
+INSTALL = {
+    "flash3": "install flash-attention 3 (the hopper/ folder of the flash-attention sources)",
+    "flash2": "pip install 'flash-attn>=2.6' --no-build-isolation, with a CUDA or ROCm build of torch",
+    "torch_varlen": "install torch 2.10 or newer",
+}
+
+
+class Choice(NamedTuple):
+    """A backend and, in words, why it is the one (or why not)."""
+
+    name: str
+    usable: bool
+    why: str
+
+
+def choose(backend: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Choice:
+    """The backend that `backend` ("auto" or a name) means for this device, dtype and head width.
+
+    Raises UserError for an unknown name, or for a backend asked for by name that cannot run here.
+    """
+    if backend not in ATTENTION_BACKENDS:
+        raise UserError(f"attention_backend={backend!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
+    device = torch.device(device)
+    if backend == "auto":
+        return next(choice for choice in survey(device, dtype, head_dim) if choice.usable)
+    choice = _judge(backend, device, dtype, head_dim)
+    if not choice.usable:
+        raise UserError(f"attention_backend={backend}: {choice.why}; or use attention_backend=auto")
+    return choice
+
+
+def survey(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> list[Choice]:
+    """Every backend, best first, each with whether it can run and why; for `dcdit doctor`."""
+    device = torch.device(device)
+    return [_judge(name, device, dtype, head_dim) for name in (*KERNELS, "sdpa")]
+
+
+def compute_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype q, k and v will have: autocast's where it is on, else `dtype`."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else dtype
+
+
+def attend(
+    qkv_T3NK: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    seqlens: tuple[int, ...] | None,
+    backend: str,
+    uniform: int = 0,
+) -> Tensor:
+    """softmax(q k' / sqrt(K)) v within each sequence: (T, 3, N, K) -> (T, N, K), in qkv's dtype.
+
+    backend is a resolved name (`choose`). max_seqlen is any bound on the lengths, the same every step, so
+    that nothing recompiles. seqlens, the lengths on the host, are read by sdpa alone. uniform > 0 says that
+    all sequences have that length.
+    """
+    if uniform:
+        return _dense_sdpa(qkv_T3NK, uniform)
+    if backend == "sdpa":
+        return _sdpa(qkv_T3NK, seqlens)
+    q, k, v = qkv_T3NK.unbind(1)
+    kernel = _kernel(backend)
+    options = {}
+    if backend != "torch_varlen" and torch.are_deterministic_algorithms_enabled():
+        options["deterministic"] = True
+    out = kernel(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    # Early releases of flash-attention 3 return the log-sum-exp beside the output.
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _sdpa(qkv_T3NK: Tensor, seqlens: tuple[int, ...]) -> Tensor:
+    if len(set(seqlens)) == 1:
+        return _dense_sdpa(qkv_T3NK, seqlens[0])
+    # One split: its backward is one concatenation, where slicing would write a full tensor per sequence.
+    outs = [_dense_sdpa(part, part.shape[0]) for part in qkv_T3NK.split(seqlens)]
+    return torch.cat(outs)
+
+
+def _dense_sdpa(qkv_T3NK: Tensor, length: int) -> Tensor:
+    q, k, v = qkv_T3NK.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+def _judge(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
+    if name == "sdpa":
+        why = "torch's scaled_dot_product_attention, sequence by sequence"
+        return Choice(name, True, why if device.type == "cpu" else why + " (slow on a GPU)")
+    if device.type != "cuda":
+        return Choice(name, False, f"needs a CUDA or ROCm device, not {device.type}")
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Choice(name, False, f"needs bf16 or fp16, not {str(dtype).removeprefix('torch.')}")
+    if head_dim % 8 or head_dim > 256:
+        return Choice(name, False, f"needs a head width that is a multiple of 8 up to 256, not {head_dim}")
+    problem = _problem(name, device.index if device.index is not None else torch.cuda.current_device())
+    return Choice(name, not problem, problem or f"{name} runs on {torch.cuda.get_device_name(device)}")
+
+
+@cache
+def _problem(name: str, device_index: int) -> str:
+    """Why `name` cannot run on that GPU, or "". Decided by importing it and running it once on 24 tokens."""
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device_index)
+        if name == "flash3" and capability[0] != 9:
+            return f"needs a Hopper GPU (compute capability 9), not {capability[0]}.{capability[1]}"
+        if capability[0] < 8:
+            return f"needs compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
+    elif name == "flash3":
+        return "runs on NVIDIA GPUs only"
+    try:
+        _kernel(name)
+    except (ImportError, OSError, AttributeError) as error:
+        return f"cannot be imported ({error}): {INSTALL[name]}"
+    try:
+        device = torch.device("cuda", device_index)
+        with torch.no_grad(), torch.autocast("cuda", enabled=False):
+            qkv = torch.linspace(-1, 1, 24 * 3 * 32, device=device).view(24, 3, 1, 32).to(torch.bfloat16)
+            cu_seqlens = torch.tensor([0, 10, 24], dtype=torch.int32, device=device)
+            error = (attend(qkv, cu_seqlens, 16, None, name) - _sdpa(qkv, (10, 14))).abs().max().item()
+    except Exception as error:  # a kernel may fail in any way of its own
+        return f"fails on this GPU ({' '.join(str(error).split())[:120]})"
+    return "" if error < 0.02 else f"gives wrong numbers on this GPU (off by {error:.2g})"
+
+
+@cache
+def _kernel(name: str):
+    """A library's varlen function: f(q, k, v, cu_q, cu_k, max_q, max_k). Raises ImportError if absent."""
+    if name == "flash3":
+        return importlib.import_module("flash_attn_interface").flash_attn_varlen_func
+    if name == "flash2":
+        return importlib.import_module("flash_attn").flash_attn_varlen_func
+    # 2.10 takes is_causal after max_k, later releases only keywords; the first seven arguments and the
+    # default of full attention have not changed.
+    return importlib.import_module("torch.nn.attention.varlen").varlen_attn

@@ -1,0 +1,150 @@
+"""DC-DiT: a diffusion transformer that chooses its own tokens (DC-DiT v2 §3).
+
+Shape letters: B images, C channels, H x W grid of the latent, L = H*W tokens in row-major order,
+E width of encoder and decoder, D width of the backbone, T retained tokens of the whole batch.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model import attention, chunking
+from model.blocks import Backbone, ConvStack, FinalLayer, Float32Linear, Grid, init_linears, zero
+from model.config import DCDiTConfig
+from model.embeddings import LabelEmbedder, TimestepEmbedder, TokenEmbedder, grid_positions, position_table
+from model.pretrained import Pretrained
+from model.router import SpatialRouter, make_router
+
+
+class DCDiTOutput(NamedTuple):
+    """What a model returns: sample (B, C or 2C, H, W), and the routing of the batch (None for DiT).
+
+    A tuple, so that FSDP and DDP find the tensors in it.
+    """
+
+    sample: Tensor
+    routing: chunking.Routing | None
+
+
+class DCDiT(Pretrained, nn.Module):
+    """The model of DC-DiT v2 §3: embed, encode, route, pack, transform, de-chunk, decode."""
+
+    config_class = DCDiTConfig
+
+    def __init__(self, config: DCDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, E = config.hidden_size, config.encoder_size
+        self.x_embedder = TokenEmbedder(config.in_channels, E)
+        self.t_embedder = TimestepEmbedder(D)
+        self.y_embedder = LabelEmbedder(config.num_classes, D)
+        self.encoder = ConvStack((E, E, D), D)
+        self.residual_proj = Float32Linear(D, D)
+        self.router = make_router(config.router, D)
+        self.backbone = Backbone(D, config.depth, config.num_heads, config.mlp_ratio, final_norm=True)
+        self.decoder = ConvStack((D, E, E), D)
+        self.final_layer = FinalLayer(E, D, config.out_channels)
+        # Frozen, yet part of the weights: the release's EMA copy has drifted and must be kept as it is.
+        L = config.input_size[0] * config.input_size[1]
+        self.register_buffer("pos_embed", torch.empty(1, L, D))
+        self.init_weights()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, tail_drop: float | Tensor = 0.0) -> DCDiTOutput:
+        """x (B, C, H, W) floating, t (B,) whole or float, y (B,) int64 in 0..K (K: no class) -> DCDiTOutput.
+
+        tail_drop: share of the retained tokens to leave out, one number or one per image (B,), in [0, 1].
+        Raises ValueError for shapes that do not fit. One device-to-host read (chunking.finish).
+        """
+        grid = check_inputs(self.config, x, t, y)
+        backend = self.config.ops_backend
+
+        x_BLE = self.x_embedder(x)
+        c_BD = self.t_embedder(t) + self.y_embedder(y)
+        x_BLD = self.encoder(x_BLE, c_BD, grid)
+
+        boundary_prob_BL = self.router(x_BLD, grid)
+        selected = chunking.select(boundary_prob_BL, tail_drop, backend)
+        residual_BLD = self.residual_proj(x_BLD)
+        routing = chunking.finish(boundary_prob_BL, selected, grid)
+
+        kernel = attention_for(self.config, x_BLD)
+        packed = chunking.pack(x_BLD, self._positions(grid), routing, kernel, backend)
+        h_TD = self.backbone(packed.tokens, c_BD, packed)
+        x_BLD = chunking.dechunk(h_TD, routing, residual_BLD, self.config.dechunk_sigma, backend)
+
+        x_BLE = self.decoder(x_BLD, c_BD, grid)
+        x_BLC = self.final_layer(x_BLE, c_BD)
+        return DCDiTOutput(unpatchify(x_BLC, grid), routing)
+
+    def init_weights(self) -> None:
+        """DiT's initialisation; the residual branch starts at zero and the scorer near few tokens.
+
+        Also fills what `to_empty` left undefined, so that a model made on the meta device can be started.
+        Follow with `calibrate_router` on a first batch.
+        """
+        init_linears(self)
+        for module in (self.x_embedder, self.t_embedder, self.y_embedder, self.router):
+            module.reset()
+        zero(self.residual_proj)
+        self.pos_embed.copy_(position_table(self.config.hidden_size, self.config.input_size)[None])
+
+    @torch.no_grad()
+    def calibrate_router(self, x: Tensor, t: Tensor, y: Tensor) -> float:
+        """Set the scorer's bias so that a share 1/N of this batch's logits is positive.
+
+        Returns the share of positive logits before. The release starts at 2 to 17 tokens of 1024; this starts
+        at the target. The cosine router has no bias to set: only its share is returned. Call it before the
+        model is sharded, with the same batch on every rank.
+        """
+        grid = check_inputs(self.config, x, t, y)
+        scores: list[Tensor] = []
+        if isinstance(self.router, SpatialRouter):
+            hook = self.router.scorer.register_forward_hook(lambda module, args, out: scores.append(out))
+        else:
+            hook = self.router.register_forward_hook(lambda module, args, out: scores.append(out - 0.5))
+        try:
+            c_BD = self.t_embedder(t) + self.y_embedder(y)
+            self.router(self.encoder(self.x_embedder(x), c_BD, grid), grid)
+        finally:
+            hook.remove()
+        logits = scores[0].float().flatten().sort(descending=True).values
+        share = (logits > 0).float().mean().item()
+        if isinstance(self.router, SpatialRouter):
+            keep = min(max(round(logits.numel() / self.config.target_ratio), 1), logits.numel() - 1)
+            # Half-way between the last logit that stays and the first that goes.
+            self.router.scorer[3].bias -= (logits[keep - 1] + logits[keep]) / 2
+        return share
+
+    def _positions(self, grid: Grid) -> Tensor:
+        if grid == self.config.input_size:
+            return self.pos_embed[0]
+        return grid_positions(self.config.hidden_size, grid, self.pos_embed.device)
+
+
+def check_inputs(config, x: Tensor, t: Tensor, y: Tensor) -> Grid:
+    """The grid (H, W) of a batch. Raises ValueError, naming the argument, for shapes that do not fit."""
+    if x.dim() != 4 or x.shape[1] != config.in_channels:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, {config.in_channels}, H, W)")
+    B, _, H, W = x.shape
+    if B < 1 or H * W < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}: at least one image of two pixels is needed")
+    for name, value in (("t", t), ("y", y)):
+        if value.shape != (B,):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one per image: ({B},)")
+    return H, W
+
+
+def attention_for(config, x: Tensor) -> str:
+    """The attention backend for tokens like x under the autocast in force."""
+    dtype = attention.compute_dtype(x.device.type, x.dtype)
+    head_dim = config.hidden_size // config.num_heads
+    return attention.choose(config.attention_backend, x.device, dtype, head_dim).name
+
+
+def unpatchify(x_BLC: Tensor, grid: Grid, patch: int = 1) -> Tensor:
+    """(B, L, P*P*C), the values of a token by row in patch, column, channel -> (B, C, H*P, W*P)."""
+    B, _, width = x_BLC.shape
+    H, W = grid
+    x = x_BLC.reshape(B, H, W, patch, patch, width // patch**2)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H * patch, W * patch)

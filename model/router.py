@@ -1,0 +1,122 @@
+"""Which tokens matter: boundary probabilities and the loss that holds their share (DC-DiT v2 §3.3, §3.5).
+
+Shapes: B images, H x W grid, L = H*W, D width, R = D/4.
+Everything here is float32, with autocast off: a boundary is p > 0.5 strictly, and rounding would move it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.blocks import Grid, at_least_float32, tokens_to_image
+
+SCORER_BIAS = -1.1  # where the release starts; `calibrate` puts it where the target ratio asks
+
+
+class Float32Conv2d(nn.Conv2d):
+    """A convolution computed in float32, whatever its weights are stored in."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        bias = None if self.bias is None else at_least_float32(self.bias)
+        weight = at_least_float32(self.weight)
+        return F.conv2d(x_BCHW, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Float32GroupNorm(nn.GroupNorm):
+    """A group normalisation computed in float32, whatever its weights are stored in."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
+        return F.group_norm(x_BCHW, self.num_groups, weight, bias, self.eps)
+
+
+class SpatialRouter(nn.Module):
+    """Spatial predictability: a token that its neighbourhood does not foretell is a boundary.
+
+    z = 1x1 conv of x to R channels; z_hat = 3x3 conv of z; the scorer reads z - z_hat.
+    `forward` gives boundary_prob (B, L) float32, exactly 1 (and without gradient) at tokens 0 and L-1.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        inner = width // 4
+        self.project = Float32Conv2d(width, inner, 1)
+        self.predictor = Float32Conv2d(inner, inner, 3, padding=1)
+        self.scorer = nn.Sequential(
+            Float32Conv2d(inner, inner, 3, padding=1),
+            Float32GroupNorm(8, inner),
+            nn.SiLU(),
+            Float32Conv2d(inner, 1, 1),
+        )
+
+    def forward(self, x_BLD: Tensor, grid: Grid) -> Tensor:
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            z_BRHW = self.project(tokens_to_image(at_least_float32(x_BLD), grid))
+            logit_B1HW = self.scorer(z_BRHW - self.predictor(z_BRHW))
+            return force_ends(logit_B1HW.flatten(1).sigmoid())
+
+    def reset(self) -> None:
+        nn.init.constant_(self.scorer[3].bias, SCORER_BIAS)
+
+
+class CosineRouter(nn.Module):
+    """The router of DC-DiT v1: p = (1 - q . mean of the neighbours' k) / 2, q and k of unit length.
+
+    The projections start as the identity and the depthwise 3x3 convolution as the uniform mean.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.mean = Float32Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+
+    def forward(self, x_BLD: Tensor, grid: Grid) -> Tensor:
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            x_BLD = at_least_float32(x_BLD)
+            q_BLD = F.normalize(F.linear(x_BLD, at_least_float32(self.query.weight)), dim=-1)
+            k_BLD = F.normalize(F.linear(x_BLD, at_least_float32(self.key.weight)), dim=-1)
+            k_BLD = self.mean(tokens_to_image(k_BLD, grid)).permute(0, 2, 3, 1).flatten(1, 2)
+            # The learned mean may grow past 1; a probability may not leave [0, 1].
+            return force_ends(((1 - (q_BLD * k_BLD).sum(-1)) / 2).clamp(0, 1))
+
+    def reset(self) -> None:
+        nn.init.eye_(self.query.weight)
+        nn.init.eye_(self.key.weight)
+        nn.init.constant_(self.mean.weight, 1 / 9)
+
+
+def make_router(kind: str, width: int) -> SpatialRouter | CosineRouter:
+    """The router of that name, "spatial" or "cosine"."""
+    return {"spatial": SpatialRouter, "cosine": CosineRouter}[kind](width)
+
+
+def force_ends(p_BL: Tensor) -> Tensor:
+    """p with 1 at the first and the last token of each image; no gradient reaches what it replaces."""
+    place = torch.arange(p_BL.shape[1], device=p_BL.device)
+    return p_BL.masked_fill((place == 0) | (place == p_BL.shape[1] - 1), 1.0)
+
+
+def ratio_loss(boundary_prob: Tensor, natural: Tensor, target_ratio: float, group_size: int = 16) -> Tensor:
+    """N/(N-1) * ((1 - r)(1 - pbar) + (N-1) r pbar), averaged over groups of images (DC-DiT v2 §3.5).
+
+    boundary_prob (B, L) float32, natural (B, L) bool: the natural set, before any tail drop. r is the mean of
+    natural and pbar of boundary_prob over a group; r has no gradient. The last group may be smaller and
+    counts by its size. The loss is 1 at r = pbar = 1/N. Returns a float32 scalar.
+    Raises ValueError for target_ratio <= 1, group_size < 1 or shapes that differ.
+    """
+    if target_ratio <= 1 or group_size < 1:
+        raise ValueError(f"ratio_loss: target_ratio={target_ratio} must be > 1, group_size={group_size} >= 1")
+    if boundary_prob.shape != natural.shape or boundary_prob.dim() != 2:
+        raise ValueError(
+            f"ratio_loss: boundary_prob {tuple(boundary_prob.shape)} and natural {tuple(natural.shape)} must "
+            "both be (B, L)"
+        )
+    N, images = target_ratio, boundary_prob.shape[0]
+    p_B = at_least_float32(boundary_prob).mean(1)
+    r_B = natural.to(p_B.dtype).mean(1)
+    loss = p_B.new_zeros(())
+    for p_G, r_G in zip(p_B.split(group_size), r_B.split(group_size), strict=True):
+        p, r = p_G.mean(), r_G.mean()
+        loss = loss + p_G.shape[0] / images * ((1 - r) * (1 - p) + (N - 1) * r * p)
+    return N / (N - 1) * loss
