@@ -1,25 +1,116 @@
-"""The native library: found and loaded quietly, never required."""
+"""The native library (csrc/): found and loaded quietly, never required.
+
+Loading registers the schemas of TORCH_LIBRARY(dcdit); this module adds what PyTorch needs to trace and differentiate
+them: shapes without data (fakes) and gradients.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+_NOTE = _HERE / "_build.json"
+_MEND = "run `pip install --no-build-isolation -e .` in the repository"
+
+
+def _note() -> dict:
+    """What setup.py left behind: the torch it built for, and why there is no library."""
+    try:
+        return json.loads(_NOTE.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _load() -> tuple[str | None, str | None]:
+    """(path of the loaded library, None) or (None, why not)."""
+    libraries = sorted(_HERE.glob("_C*.so"))
+    note = _note()
+    if not libraries:
+        reason = note.get("reason") or "the extension was never built"
+        return None, f"{reason}; {note.get('mend') or _MEND}"
+    built_for = note.get("torch")
+    if built_for and built_for != torch.__version__:
+        # A library of another torch may load and then crash: refuse it while that is still a choice.
+        return None, f"the extension was built for torch {built_for}, this is {torch.__version__}; {_MEND}"
+    try:
+        torch.ops.load_library(str(libraries[-1]))
+    except OSError as error:
+        return None, f"{libraries[-1].name} does not load ({error}); {_MEND}"
+    return str(libraries[-1]), None
+
+
+_PATH, _REASON = _load()
 
 
 def loaded() -> bool:
-    return False
+    return _PATH is not None
 
 
 def library_path() -> str | None:
-    return None
+    return _PATH
 
 
 def reason() -> str | None:
-    return "the extension was not built; run `pip install --no-build-isolation -e .`"
+    """Why there is no native library, with the mend; None where there is one."""
+    return _REASON
 
 
 def devices(op: str) -> tuple[str, ...]:
-    return ()
+    """Device types that the loaded library serves this op on."""
+    if not loaded():
+        return ()
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    name = f"dcdit::{op}"
+    if not torch._C._dispatch_has_kernel(name):
+        return ()
+    return tuple(kind for kind, key in keys.items() if has(name, key))
+
+
+SERVES: dict[str, tuple[str, ...]] = {}
 
 
 def supports(op: str, device_type: str) -> bool:
-    return device_type in devices(op)
+    return device_type in SERVES.get(op, ())
 
 
 def why_not(op: str | None, device_type: str) -> str:
     return reason() or f"the extension has no {op or 'op'} for {device_type} tensors"
+
+
+def _register() -> None:
+    @torch.library.register_fake("dcdit::select")
+    def _(boundary_prob, tail_drop):
+        B, L = boundary_prob.shape
+        mask = [boundary_prob.new_empty((B, L), dtype=torch.bool) for _ in range(2)]
+        maps = [boundary_prob.new_empty((n,), dtype=torch.int32) for n in (B * L, B * L, B + 1)]
+        return (*mask, *maps)
+
+    @torch.library.register_fake("dcdit::gather_tokens")
+    def _(x, pos, index, slot):
+        return x.new_empty((index.shape[0], x.shape[2]))
+
+    @torch.library.register_fake("dcdit::gather_tokens_backward")
+    def _(grad, slot, B, L):
+        return grad.new_empty((B, L, grad.shape[1]))
+
+    @torch.library.register_fake("dcdit::nearest")
+    def _(slot, B, H, W):
+        return slot.new_empty((B, H * W))
+
+    def setup(ctx, inputs, output):
+        x, _, _, slot = inputs
+        ctx.B, ctx.L = x.shape[:2]
+        ctx.save_for_backward(slot)
+
+    def backward(ctx, grad):
+        (slot,) = ctx.saved_tensors
+        return torch.ops.dcdit.gather_tokens_backward(grad, slot, ctx.B, ctx.L), None, None, None
+
+    torch.library.register_autograd("dcdit::gather_tokens", backward, setup_context=setup)
+
+
+if loaded():
+    _register()
+    SERVES.update({op: devices(op) for op in ("select", "gather_tokens", "nearest", "dechunk")})

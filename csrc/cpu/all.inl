@@ -1,0 +1,16 @@
+// Every kernel, inside the namespace of the instruction set that includes this file.
+namespace dcdit {
+namespace DCDIT_ISA {
+
+#include "number.inl"
+
+#include "gather.inl"
+#include "nearest.inl"
+#include "select.inl"
+
+#define DCDIT_STRING_(x) #x
+#define DCDIT_STRING(x) DCDIT_STRING_(x)
+extern const Kernels table = {DCDIT_STRING(DCDIT_ISA), select_images, select_pack, rows, nearest};
+
+}  // namespace DCDIT_ISA
+}  // namespace dcdit

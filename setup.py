@@ -1,0 +1,116 @@
+"""Package metadata, and the native build of csrc/, which may fail without failing the installation."""
+
+import glob
+import json
+import os
+import sys
+import sysconfig
+import warnings
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+MEND = "install torch first and a C++17 compiler (g++), then `pip install --no-build-isolation -e .`"
+
+
+def import_torch():
+    """torch.utils.cpp_extension of this environment, also from inside pip's isolated build, or None."""
+    try:
+        import torch.utils.cpp_extension as cpp_extension
+    except ImportError:
+        # An isolated build hides the environment it installs into. Its torch is the one the ops will run with.
+        for place in {sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}:
+            sys.path.append(place)
+        try:
+            import torch.utils.cpp_extension as cpp_extension
+        except ImportError:
+            return None
+    return cpp_extension
+
+
+def extension(cpp):
+    """The one extension: always the CPU kernels, the GPU ones where their compiler and sources are there."""
+    os.chdir(HERE)
+    sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
+    depends = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.inl", recursive=True))
+    if cpp is None:
+        return Extension("model.ops._C", sources, depends=depends)
+    # Compiled for OpenMP but not linked to a runtime: at::parallel_for must use the one torch has loaded.
+    flags = {"cxx": ["-O3"] + (["-fopenmp"] if sys.platform == "linux" else [])}
+    kind = cpp.CppExtension
+    gpu = sorted(glob.glob("csrc/cuda/*.cu") + glob.glob("csrc/cuda/*.cpp"))
+    if gpu and (cpp.CUDA_HOME or cpp.ROCM_HOME) and (cpp.torch.version.cuda or cpp.torch.version.hip):
+        kind, sources = cpp.CUDAExtension, sources + gpu
+        flags["cxx"].append("-DDCDIT_WITH_GPU")
+        flags["nvcc"] = ["-O3"]
+        if not cpp.torch.cuda.is_available():  # else torch builds for the GPU that is there
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+            os.environ.setdefault("PYTORCH_ROCM_ARCH", "gfx90a;gfx942")
+    return kind("model.ops._C", sources, depends=depends, extra_compile_args=flags)
+
+
+def forgiving(base, cpp):
+    """`base` as a command that warns and leaves a note for `dcdit doctor` where the native build is impossible."""
+
+    class Build(base):
+        def run(self):
+            torch_version, reason = None, "torch was not found while building"
+            if cpp is not None:
+                torch_version = cpp.torch.__version__
+                try:
+                    super().run()
+                    reason = None
+                except (Exception, SystemExit) as error:
+                    reason = " ".join(str(error).split())[:300] or type(error).__name__
+            self.leave_note(torch_version, reason)
+
+        def leave_note(self, torch_version, reason):
+            target = self.get_ext_fullpath("model.ops._C")
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with open(os.path.join(os.path.dirname(target), "_build.json"), "w") as file:
+                json.dump({"torch": torch_version, "reason": reason, "mend": MEND}, file)
+            if reason:
+                if os.path.exists(target):
+                    os.remove(target)  # an older build would not match these sources
+                warnings.warn(
+                    f"the native chunking ops were not built ({reason}). Everything works without them, but "
+                    f"selection, packing and de-chunking run as plain PyTorch, several times slower. To mend: {MEND}",
+                    stacklevel=1,
+                )
+
+    return Build
+
+
+cpp = import_torch()
+setup(
+    name="dcdit",
+    version="0.1.0",
+    description="Dynamic chunking diffusion transformers: training, sampling and elastic inference",
+    python_requires=">=3.10",
+    packages=find_packages(include=["model", "model.*", "trainer", "trainer.*"]),
+    package_data={"model.ops": ["_build.json"], "trainer": ["**/*.html", "**/*.css", "**/*.js", "**/*.yaml"]},
+    install_requires=["torch>=2.6", "numpy", "einops", "omegaconf", "safetensors", "tqdm", "rich"],
+    extras_require={
+        "deepspeed": ["deepspeed", "huggingface_hub"],
+        "wandb": ["wandb"],
+        "webdataset": ["webdataset"],
+        "vae": ["diffusers"],
+        "flash": ["flash-attn>=2.6"],
+        "triton": ["triton"],
+        "streaming": ["mosaicml-streaming>=0.13,<0.14"],
+        "demo": ["scikit-image", "scikit-learn", "matplotlib", "pillow"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "tensorboard",
+            "scikit-image",
+            "matplotlib",
+        ],
+    },
+    entry_points={"console_scripts": ["dcdit = trainer.cli:main"]},
+    ext_modules=[extension(cpp)],
+    cmdclass={"build_ext": forgiving(cpp.BuildExtension if cpp else build_ext, cpp)},
+)
