@@ -1,0 +1,1 @@
+"""How DC-DiT is trained: data, randomness, engines, checkpoints, and the entry points a person runs."""
