@@ -20,32 +20,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     about = (
-        f"Random square crops of {len(PHOTOS)} photographs that ship inside scikit-image and scikit-learn, one class "
-        "per photograph, reduced to small RGB squares. Training crops come from the left 78 % of each photograph, "
-        "held-out crops (a fifth as many) from the right 20 %. Nothing is downloaded; the same arguments write the "
-        "same bytes, and a data set that is there already is left as it is."
+        f"Random square crops of {len(PHOTOS)} photographs that ship inside scikit-image and scikit-learn, one "
+        "class per photograph, reduced to small RGB squares. Training crops come from the left 78 % of each "
+        "photograph, held-out crops (a fifth as many) from the right 20 %. Nothing is downloaded; the same "
+        "arguments write the same bytes, and a data set that is there already is left as it is."
     )
     photos = commands.add_parser(
-        "photos",
-        help="a small set of real photographs, from packages that are installed",
-        description=about,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "photos", help="a small set of real photographs, from packages that are installed", description=about
     )
-    photos.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write")
-    photos.add_argument(
-        "--samples-per-class", type=int, default=300, metavar="N", help="training crops of each photo"
+    add = photos.add_argument
+    add("--to", type=Path, required=True, metavar="DIR", help="folder to write")
+    add(
+        "--samples-per-class",
+        type=int,
+        default=300,
+        metavar="N",
+        help="crops to train on, of each (default: 300)",
     )
-    photos.add_argument(
+    add(
         "--size",
         type=int,
         default=32,
         metavar="PX",
-        help=f"side of a sample in pixels, 8 to {CROP_PIXELS[0]}",
+        help=f"side in pixels, 8 to {CROP_PIXELS[0]} (default: 32)",
     )
-    photos.add_argument("--seed", type=int, default=0, help="another seed, other crops")
-    photos.add_argument(
-        "--overwrite", action="store_true", help="replace photographs made with other arguments"
-    )
+    add("--seed", type=int, default=0, help="another seed, other crops (default: 0)")
+    add("--overwrite", action="store_true", help="replace photographs made with other arguments")
     photos.set_defaults(run=_photos)
     return parser
 

@@ -45,9 +45,10 @@ def check_batch(global_batch_size: int, micro_batch_size: int | None, world_size
     share, rest = divmod(global_batch_size, world_size)
     if rest or not share:
         lower = max(share, 1) * world_size
+        choices = _listed(_divisors(global_batch_size), world_size)
         raise UserError(
             f"train.global_batch_size={global_batch_size} does not divide over {world_size} processes: "
-            f"use {lower} or {lower + world_size}, or {_listed(_divisors(global_batch_size), world_size)} processes"
+            f"use {lower} or {lower + world_size}, or {choices} processes"
         )
     if micro_batch_size is None:
         return share
