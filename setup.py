@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import shutil
 import sys
 import sysconfig
 import warnings
@@ -11,7 +12,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-MEND = "install torch first and a C++17 compiler (g++), then `pip install --no-build-isolation -e .`"
+MEND = "install torch first and a C++ compiler (g++), then `pip install --no-build-isolation -e .`"
 
 
 def import_torch():
@@ -19,7 +20,7 @@ def import_torch():
     try:
         import torch.utils.cpp_extension as cpp_extension
     except ImportError:
-        # An isolated build hides the environment it installs into. Its torch is the one the ops will run with.
+        # An isolated build hides the environment it installs into; the ops will run with that one's torch.
         for place in {sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}:
             sys.path.append(place)
         try:
@@ -51,18 +52,23 @@ def extension(cpp):
 
 
 def forgiving(base, cpp):
-    """`base` as a command that warns and leaves a note for `dcdit doctor` where the native build is impossible."""
+    """`base` as a command that warns, and notes it for `dcdit doctor`, where there is no native build."""
 
     class Build(base):
         def run(self):
             torch_version, reason = None, "torch was not found while building"
+            inplace = self.inplace
             if cpp is not None:
                 torch_version = cpp.torch.__version__
+                compiler = cpp.get_cxx_compiler()
                 try:
+                    if not shutil.which(compiler.split()[0]):
+                        raise RuntimeError(f"the C++ compiler {compiler} was not found")
                     super().run()
                     reason = None
                 except (Exception, SystemExit) as error:
                     reason = " ".join(str(error).split())[:300] or type(error).__name__
+            self.inplace = inplace  # a run that broke off leaves it changed
             self.leave_note(torch_version, reason)
 
         def leave_note(self, torch_version, reason):
@@ -75,7 +81,8 @@ def forgiving(base, cpp):
                     os.remove(target)  # an older build would not match these sources
                 warnings.warn(
                     f"the native chunking ops were not built ({reason}). Everything works without them, but "
-                    f"selection, packing and de-chunking run as plain PyTorch, several times slower. To mend: {MEND}",
+                    f"selection, packing and de-chunking run as plain PyTorch, several times slower. "
+                    f"To mend: {MEND}",
                     stacklevel=1,
                 )
 

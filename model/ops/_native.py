@@ -1,7 +1,7 @@
 """The native library (csrc/): found and loaded quietly, never required.
 
-Loading registers the schemas of TORCH_LIBRARY(dcdit); this module adds what PyTorch needs to trace and differentiate
-them: shapes without data (fakes) and gradients.
+Loading registers the schemas of TORCH_LIBRARY(dcdit); this module adds what PyTorch needs to trace and
+differentiate them: shapes without data (fakes) and gradients.
 """
 
 import json

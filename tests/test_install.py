@@ -1,0 +1,90 @@
+"""The install without a compiler: it succeeds, says what is slower, the ops fall back to plain PyTorch."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+USE = """
+import torch
+from model.errors import UserError
+from model.ops import available, gather_tokens, resolve, select
+report = available()
+assert report["native"] is False and report["library"] is None, report
+assert "no-build-isolation" in report["reason"], report
+s = select(torch.rand(2, 16), torch.zeros(2))
+rows = gather_tokens(torch.randn(2, 16, 4), None, s.index[: int(s.cu_seqlens[-1])], s.slot)
+assert resolve("auto", "cpu") == "torch" and rows.shape[1] == 4
+try:
+    resolve("native", "cpu")
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for name in ("model", "trainer", "csrc"):
+        ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def python(folder, *arguments, **environment):
+    env = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_without_a_compiler_the_install_succeeds_and_the_ops_work(copy):
+    target = copy / "installed"
+    pip = [
+        "-m",
+        "pip",
+        "install",
+        "-v",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+        str(target),
+    ]
+    output = python(copy, *pip, ".", CXX="/nonexistent/c++", CC="/nonexistent/cc")
+    assert "the native chunking ops were not built" in output and "several times slower" in output
+    note = json.loads((target / "model/ops/_build.json").read_text())
+    assert "/nonexistent/c++ was not found" in note["reason"] and not list(target.glob("model/ops/*.so"))
+    assert (target / "bin/dcdit").exists()
+    said = python(target, "-c", USE)
+    assert "ops_backend=native" in said and "ops_backend=auto" in said
+
+
+def test_a_failed_rebuild_leaves_no_old_library_and_the_note_says_why(copy):
+    pretend = copy / f"model/ops/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    pretend.write_bytes(b"an older build")
+    build = ["setup.py", "-q", "build_ext", "--inplace"]
+    (copy / "csrc/bindings.cpp").write_text("#error broken on purpose\n")
+    output = python(copy, *build, MAX_JOBS="1")
+    assert "were not built" in output and not pretend.exists()
+    assert "Error compiling" in json.loads((copy / "model/ops/_build.json").read_text())["reason"]
+    assert not list(copy.glob("model/ops/*.so"))
+
+
+def test_a_library_for_another_torch_is_not_loaded(copy):
+    (copy / "model/ops/_C.other.so").write_bytes(b"not a library")
+    (copy / "model/ops/_build.json").write_text(json.dumps({"torch": "1.0.0", "reason": None}))
+    show = "from model.ops import available; print(available()['reason'])"
+    assert "built for torch 1.0.0" in python(copy, "-c", show)
+    (copy / "model/ops/_build.json").unlink()
+    assert "does not load" in python(copy, "-c", show)
