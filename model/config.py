@@ -24,7 +24,8 @@ class DCDiTConfig:
     decoder (1: E = D). in_channels: C. num_classes: K; label K is the null class. input_size: (H, W) whose
     position table is stored; an int n means (n, n); the forward pass takes any H x W. target_ratio: N,
     mean tokens per retained token. dechunk_sigma: width of the smoothing, in grid units (1.0 at 32 x 32,
-    2.0 at 64 x 64).
+    2.0 at 64 x 64). allow_narrow_encoder: accept E = 32, where GroupNorm(32) cancels the conditioning of
+    encoder and decoder exactly; only for checkpoints that were made so.
     """
 
     hidden_size: int = 384
@@ -41,6 +42,7 @@ class DCDiTConfig:
     dechunk_sigma: float = 1.0
     attention_backend: str = "auto"
     ops_backend: str = "auto"
+    allow_narrow_encoder: bool = False
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -54,7 +56,7 @@ class DCDiTConfig:
                 f"enc_dec_dim_factor={self.enc_dec_dim_factor}: the encoder width hidden_size / factor = "
                 f"{self.hidden_size / self.enc_dec_dim_factor:g} must be a multiple of 32"
             )
-        if self.encoder_size == 32:
+        if self.encoder_size == 32 and not self.allow_narrow_encoder:
             raise UserError(
                 "enc_dec_dim_factor: an encoder width of 32 gives GroupNorm(32) one channel per group, which "
                 "cancels the conditioning; use a width of 64 or more (a smaller factor or larger hidden_size)"
