@@ -15,7 +15,8 @@ The names, ours and theirs (blocks of DC-DiT's backbone and of DiT hold the same
     residual_proj                                         hnet.residual_proj
     router.project, predictor, scorer                     hnet.routing_module.proj, context_predictor,
                                                           residual_scorer
-    router.query, key, mean (no checkpoint published)     hnet.routing_module.q_proj_layer, k_proj_layer, k_mean
+    router.query, key, mean (none is published)           hnet.routing_module.q_proj_layer,
+                                                          k_proj_layer, k_mean
     backbone.blocks.n.{attention,mlp}, modulation         M.layers.n.{attn,mlp}, adaLN_modulation.1
     backbone.norm                                         M.rmsnorm
     final_layer.linear, modulation                        final_layer.linear, adaLN_modulation.1
@@ -219,8 +220,8 @@ def _dcdit_config(path, state: dict[str, Tensor], heads: int, sigma: float) -> D
     }
     if E == 32:
         warnings.warn(
-            f"{path}: its encoder is 32 wide, so GroupNorm(32) cancels the conditioning there; fine for looking "
-            "at this checkpoint, refused for new models",
+            f"{path}: its encoder is 32 wide, so GroupNorm(32) cancels the conditioning there; fine to read "
+            "this checkpoint, refused for new models",
             stacklevel=3,
         )
     return _config(path, DCDiTConfig, values)
