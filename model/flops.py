@@ -13,6 +13,7 @@ activations, modulations, gates and skips at the rates below.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from model.errors import UserError
 
@@ -56,7 +57,7 @@ def _conv_block(cells: int, inside: int, outside: int, cond: int, extras: bool) 
 
 def _conv_stack(cells: int, widths: Sequence[int], cond: int, extras: bool) -> float:
     """Conv blocks through `widths`, then RMSNorm."""
-    flops = sum(_conv_block(cells, a, b, cond, extras) for a, b in zip(widths, widths[1:], strict=False))
+    flops = sum(_conv_block(cells, a, b, cond, extras) for a, b in pairwise(widths))
     return flops + (RMS_NORM * cells * widths[-1] if extras else 0.0)
 
 
@@ -137,9 +138,7 @@ def _dcdit(config, cells: int, tokens: float, tokens_squared: float, extras: boo
     return parts
 
 
-def flops(
-    config, retained: float | Sequence[int] | None = None, *, extras: bool = False
-) -> dict[str, float]:
+def flops(config, retained: float | Sequence[int] | None = None, *, extras: bool = False) -> dict[str, float]:
     """FLOPs of one forward pass per image, by component (`COMPONENTS`) and their "total".
 
     config: DCDiTConfig or DiTConfig. retained: tokens kept by the router, one mean number or the exact count

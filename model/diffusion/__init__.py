@@ -1,10 +1,12 @@
-"""Noise processes behind one interface (`Process`), and guidance.
+"""Noise processes behind one interface (`Process`), and guidance. In a trainer and a sampler:
 
     process = make_process("gaussian")
     t = process.time(u)
     x_t = process.add_noise(x0, noise, t)
     terms = process.losses(model(x_t, process.model_time(t), y).sample, x0, x_t, noise, t)
     images = process.sample(guided(model, y, scale=1.25, uncond_tail_drop=0.9), noise, steps=250)
+
+`sampling_flops` of `model.flops` says what that costs.
 """
 
 from model.diffusion.flow import FlowMatching

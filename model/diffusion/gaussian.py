@@ -164,8 +164,7 @@ class GaussianDiffusion(Process):
         return t
 
     def time_fraction(self, t: torch.Tensor | int | float) -> torch.Tensor:
-        """(t + 1/2) / num_timesteps, float32: inside (0, 1), so that equal bins hold equal numbers of steps.
-        """
+        """(t + 1/2) / num_timesteps, float32: inside (0, 1), so equal bins hold equal numbers of steps."""
         return (torch.as_tensor(t).float() + 0.5) / self.num_timesteps
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -205,8 +204,7 @@ class GaussianDiffusion(Process):
     def _variational_bound(
         self, error: torch.Tensor, v: torch.Tensor, x0: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        """KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), at t = 0 -log p(x0 | x_t); (B,), bits per dimension.
-        """
+        """KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), at t = 0 -log p(x0 | x_t); (B,) in bits/dim."""
         _, _, mean_scale, log_var_min, log_var_range, weight = self._table(t, x0)
         rise = 0.5 * (v + 1.0) * log_var_range  # log of the model's variance over the posterior's
         kl = 0.5 * (torch.expm1(-rise) + rise + weight * error.square() * torch.exp(-rise))

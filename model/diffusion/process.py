@@ -107,8 +107,16 @@ class Process(abc.ABC):
         """Training losses of the model's `output` (B, C or 2C, ...), any float dtype; computed in float32."""
 
     @abc.abstractmethod
-    def _run(self, model_fn: ModelFn, x: torch.Tensor, steps: int, method: str, eta: float,
-             step_noise: StepNoise | None, on_step: OnStep | None) -> torch.Tensor:
+    def _run(
+        self,
+        model_fn: ModelFn,
+        x: torch.Tensor,
+        steps: int,
+        method: str,
+        eta: float,
+        step_noise: StepNoise | None,
+        on_step: OnStep | None,
+    ) -> torch.Tensor:
         """The sampler proper; its arguments are checked."""
 
     @torch.no_grad()

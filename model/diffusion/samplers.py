@@ -93,8 +93,7 @@ def euler(predict, x: torch.Tensor, steps: int, on_step=None) -> torch.Tensor:
 
 
 def heun(predict, x: torch.Tensor, steps: int, on_step=None) -> torch.Tensor:
-    """Second-order (trapezoidal) steps on the grid of `euler`: two evaluations a step, the last one at t = 0.
-    """
+    """Second-order (trapezoidal) steps on the grid of `euler`: two evaluations a step, the last at t = 0."""
     for i in range(steps):
         t, t_next = 1.0 - i / steps, 1.0 - (i + 1) / steps
         velocity = predict(x, t)
