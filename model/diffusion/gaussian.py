@@ -95,7 +95,7 @@ def image_bin_log_likelihood(x: torch.Tensor, distance: torch.Tensor, log_var: t
     """log of the mass of N(mean, exp(log_var)) in the 8-bit bin around x, in nats; distance = x - mean.
 
     The first and last bin reach to infinity; the mass is floored at 1e-12, as in DiT. The cdf is the same
-    tanh approximation too (off by at most 3e-4), but its differences are taken in logits, where nothing
+    tanh approximation too (off by at most 2e-4), but its differences are taken in logits, where nothing
     cancels: sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)). Elementwise; keeps shape and
     dtype.
     """

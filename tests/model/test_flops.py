@@ -1,13 +1,14 @@
 """FLOPs against the released counter's table and the paper's."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
+from model import DCDiT, DiT, config
 from model.errors import UserError
 from model.flops import COMPONENTS, flops, sampling_flops
-
-config = pytest.importorskip("model.config")
 
 # GFLOPs of one forward, 32x32, exactly 256 retained (measured on the release).
 TABLE = {
@@ -95,3 +96,42 @@ def test_other_shapes():
 def test_counts_outside_of_the_grid_are_refused(retained):
     with pytest.raises(UserError, match="retained"):
         flops(config.preset("S"), retained)
+
+
+def _attention(shape, counts):
+    """The part of the backbone that torch's counter sees in some attention backends only."""
+    heads, width = shape.num_heads, shape.hidden_size
+    return shape.depth * heads * sum(m * m for m in counts) / len(counts) * (4 * (width // heads) + 3)
+
+
+@pytest.mark.parametrize("name,overrides", [("Ti", {}), ("Ti", {"router": "cosine"}), ("DiT-Ti/2", {})])
+def test_products_of_the_real_models_are_counted_exactly(name, overrides):
+    """torch's own counter on a forward pass of two images, module by module; attention is left out."""
+    torch.manual_seed(0)
+    shape = config.preset(name, num_classes=10, input_size=(16, 24), **overrides)
+    model = (DiT if hasattr(shape, "patch_size") else DCDiT)(shape).eval()
+    x, t, y = torch.randn(2, 4, 16, 24), torch.tensor([10, 900]), torch.tensor([1, 2])
+    counts = [96, 96]
+    with torch.no_grad(), FlopCounterMode(display=False, depth=3) as counter:
+        routing = model(x, t, y).routing
+    if routing is not None:
+        counts = routing.cu_seqlens.diff().tolist()
+    expected = flops(shape, counts, extras=False)
+    by_module = {
+        key.split(".")[1]: sum(
+            value for op, value in ops.items() if "bmm" not in str(op) and "scaled" not in str(op)
+        )
+        for key, ops in counter.get_flop_counts().items()
+        if key.count(".") == 1
+    }
+    modules = {
+        "encoder": ("encoder",),
+        "routing": ("router",),
+        "decoder": ("decoder",),
+        "head": ("final_layer",),
+        "embed": ("x_embedder", "t_embedder"),
+        "backbone": ("backbone",),
+    }
+    for component, names in modules.items():
+        want = expected[component] - (_attention(shape, counts) if component == "backbone" else 0)
+        assert sum(by_module.get(n, 0) for n in names) / 2 == pytest.approx(want, rel=1e-9), component

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import DCDiT, DiT, preset
 from model.diffusion import guided, make_process
 from model.errors import UserError
 
@@ -143,3 +144,27 @@ def test_one_class_per_image():
     x, t, _ = inputs()
     with pytest.raises(UserError, match="class per image"):
         guided(Recorder(), torch.zeros(2, dtype=torch.long), 2.0)(x, t)
+
+
+@pytest.mark.parametrize("name", ["Ti", "DiT-Ti/8"])
+def test_branches_of_the_real_models_do_not_mix(name):
+    """One ragged batch of 2B images gives what two calls give, each with its own budget."""
+    torch.manual_seed(0)
+    shape = preset(name, num_classes=NULL, input_size=(16, 16), depth=1)
+    model = (DiT if hasattr(shape, "patch_size") else DCDiT)(shape).eval()
+    for parameter in model.parameters():  # nothing stays at its zero start
+        torch.nn.init.normal_(parameter, std=0.05)
+    x, y = torch.randn(2, 4, 16, 16), torch.tensor([3, 5])
+    t = torch.tensor([600, 600])
+    if isinstance(model, DCDiT):
+        model.calibrate_router(x, t, y)
+    outputs = []
+    with torch.no_grad():
+        out = guided(model, y, 1.5, tail_drop=0.2, uncond_tail_drop=0.9, on_output=outputs.append)(x, t)
+        cond = model(x, t, y, tail_drop=0.2).sample
+        uncond = model(x, t, torch.full_like(y, NULL), tail_drop=0.9).sample
+    want = torch.cat([uncond[:, :4] + 1.5 * (cond[:, :4] - uncond[:, :4]), cond[:, 4:]], 1)
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    if isinstance(model, DCDiT):
+        kept = outputs[0].routing.retained.sum(1)
+        assert kept.shape == (4,) and (kept[2:] < kept[:2]).all()
