@@ -57,8 +57,8 @@ def guided(
     that time are not guided, and a call with no image inside runs the conditional branch alone. One host read
     per call. on_output(output) sees the model's own output object of every call, the 2B routing included.
 
-    Raises UserError for a scale that is not finite, channels beyond C, an interval out of [0, 1] or ill-
-    shaped y or rho.
+    Raises UserError for a scale that is not finite, channels beyond C, an interval out of [0, 1], or y
+    or rho of a wrong shape.
     """
     _check(scale, channels, interval)
     null = model.config.num_classes if null_class is None else null_class

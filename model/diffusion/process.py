@@ -130,15 +130,15 @@ class Process(abc.ABC):
         step_noise: StepNoise | None = None,
         on_step: OnStep | None = None,
     ) -> torch.Tensor:
-        """Turn `noise` (B, C, ...) into samples of the same shape, float32; a function of its arguments
-        alone.
+        """Turn `noise` (B, C, ...) into samples of the same shape, float32.
 
         model_fn(x, t_model) with x (B, C, ...) float32 and t_model (B,) gives the model's output, learned
         sigma included; half-precision outputs are upcast. `method` is one of `self.methods`, None the first
-        of them. `eta` belongs to "ddim" (0 deterministic, 1 as noisy as DDPM). step_noise(i) gives the N(0,
-        1) tensor that step i adds; it is asked only where noise is added, never in the last step. Without it
-        such noise comes from torch's global generator. on_step(i, steps, t, x_t, x0_hat) is called once per
-        step, before the step is taken, with t a Python number in the process's time (int step or float).
+        of them. `eta` belongs to "ddim" (0 deterministic, 1 as noisy as DDPM). step_noise(i) gives the
+        N(0, 1) tensor that step i adds; it is asked only where noise is added, never in the last step, and
+        the result is a function of `noise` and these tensors. Without it they come from torch's global
+        generator. on_step(i, steps, t, x_t, x0_hat) is called once per step, before the step is taken, with
+        t a Python number in the process's time (int step or float).
 
         Raises UserError for an unknown method, steps out of range, eta out of [0, 1] or without "ddim".
         """
