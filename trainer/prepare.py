@@ -20,10 +20,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     about = (
-        f"Random square crops of {len(PHOTOS)} photographs that ship inside scikit-image and scikit-learn, one "
-        "class per photograph, reduced to small RGB squares. Training crops come from the left 78 % of each "
-        "photograph, held-out crops (a fifth as many) from the right 20 %. Nothing is downloaded; the same "
-        "arguments write the same bytes, and a data set that is there already is left as it is."
+        f"Random square crops of {len(PHOTOS)} photographs that ship inside scikit-image and scikit-learn, "
+        "one class per photograph, reduced to small RGB squares. Training crops come from the left 78 % of "
+        "each photograph, held-out crops (a fifth as many) from the right 20 %. Nothing is downloaded; the "
+        "same arguments write the same bytes, and a data set that is there already is left as it is."
     )
     photos = commands.add_parser(
         "photos", help="a small set of real photographs, from packages that are installed", description=about

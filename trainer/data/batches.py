@@ -154,13 +154,20 @@ class _MicroBatches(Dataset):
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """The sample number at each position, int64."""
         epochs, places = np.divmod(positions, len(self.source))
-        for epoch in sorted(set(epochs.tolist()) - set(self._orders)):
-            self._orders[epoch] = randomness.sample_order(
-                self.plan.seed, epoch, self.source.shard_sizes, self.plan.shuffle_block
-            )
-            while len(self._orders) > 2:  # a micro-batch may begin in one epoch and end in the next
+        numbers = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            numbers[epochs == epoch] = self._order(epoch)[places[epochs == epoch]]
+        return numbers
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            while len(self._orders) > 1:  # two: a micro-batch may begin in one epoch and end in the next
                 del self._orders[min(self._orders)]
-        return np.array([self._orders[e][p] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)])
+            plan = self.plan
+            self._orders[epoch] = randomness.sample_order(
+                plan.seed, epoch, self.source.shard_sizes, plan.shuffle_block
+            )
+        return self._orders[epoch]
 
     def __getitem__(self, k: int) -> Batch | _Failure:
         try:
