@@ -249,3 +249,34 @@ def test_missing_package_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(mds, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dcdit\[streaming\]'"):
         mds.import_streaming()
+
+
+def test_remote_data_is_fetched_once_and_mended(data, tmp_path, monkeypatch):
+    """Over a stand-in for a cloud: its files are fetched by the library's own downloader interface."""
+    mds.import_streaming()
+    from streaming.base.storage import download
+
+    fetched = []
+
+    class Cloud(download.LocalDownloader):
+        @staticmethod
+        def _client_identifier():
+            return "cloud"
+
+        def _download_file_impl(self, remote, local, timeout):
+            fetched.append(remote.rsplit("/", 1)[1])
+            super()._download_file_impl(remote.replace("cloud://bucket", str(data)), local, timeout)
+
+    monkeypatch.setitem(download.DOWNLOADER_MAPPINGS, "cloud", Cloud)
+    first, second = (open_source("cloud://bucket/", cache=tmp_path / "cache") for _ in range(2))
+    for source in (first, second):
+        assert all(source[i]["image"][0, 0, 0] == i for i in range(40))
+    names = [path.name for path in shards(data)]
+    assert sorted(fetched) == sorted(["manifest.json"] * 2 + ["index.json"] + names)
+    next((tmp_path / "cache").rglob("shard.00000.mds")).write_bytes(b"cut short")
+    assert open_source("cloud://bucket", cache=tmp_path / "cache")[0]["label"] == 0
+    assert fetched.count(names[0]) == 2
+    monkeypatch.setattr(mds, "_cache_root", lambda: str(tmp_path / "fresh"))
+    shards(data)[1].unlink()
+    fails("shard train/shard.00001.mds", "cloud://bucket")
+    fails("cloud://bucket/nowhere/manifest.json: cannot be fetched", "cloud://bucket/nowhere")
