@@ -68,12 +68,17 @@ def test_every_sample_is_read_back(tmp_path, compression):
             source[beyond]
 
 
-def test_open_files_are_bounded(data, monkeypatch):
+def test_open_files_are_bounded_and_shards_checked_once(data, monkeypatch):
+    original = mds._hash
     monkeypatch.setattr(mds, "OPEN_FILES", 2)
+    hashed = []
+    monkeypatch.setattr(mds, "_hash", lambda *args: hashed.append(args) or original(*args))
     source = open_source(data)
     before = len(os.listdir("/proc/self/fd"))
-    assert [int(source[i]["label"]) for i in range(40)] == [i % 3 for i in range(40)]
+    for i in [*range(40), *range(40)]:
+        assert source[i]["label"] == i % 3
     assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert len(hashed) == len(source.shard_sizes)
     del source
     assert len(os.listdir("/proc/self/fd")) == before
 

@@ -96,6 +96,9 @@ def _labels(source: MDSSource, columns: dict[str, np.ndarray], null_class: int) 
 
 
 def _null_class(source: MDSSource, null_class: int | None) -> int:
+    """The label of dropped labels; UserError if the data does not fit a model that has this one."""
+    if not len(source):
+        raise UserError(f"data {source.location}: split {source.split!r} is empty: prepare it again")
     classes = source.manifest.num_classes
     if null_class is not None and null_class < classes:
         raise UserError(
@@ -261,8 +264,6 @@ def train_loader(
         raise ValueError(f"rank {rank} of {world_size}")
     if start_position < 0:
         raise ValueError(f"start_position={start_position} is negative")
-    if not len(source):
-        raise UserError(f"data {source.location}: split {source.split!r} is empty: prepare it again")
     null_class = _null_class(source, null_class)
     plan = _Plan(
         seed,
@@ -311,8 +312,6 @@ def heldout_batches(
     filled with repeated samples of "weight" 0. Batches are as of `train_loader`, plus weight float32 (b,):
     the mean over the held-out set is sum(weight * value) / sum(weight) over all ranks.
     """
-    if not len(source):
-        raise UserError(f"data {source.location}: split {source.split!r} is empty: prepare it again")
     if count < 1 or batch_size < 1:
         raise UserError(f"eval.count={count}, eval.batch_size={batch_size}: both must be at least 1")
     null_class = _null_class(source, null_class)

@@ -33,7 +33,7 @@ from model.errors import UserError
 from trainer.data import manifest as manifests
 from trainer.data.manifest import Manifest
 
-OPEN_FILES = 64  # shard files a process keeps open
+OPEN_FILES = 256  # shard files a process keeps open for each source
 INSTALL = "pip install 'dcdit[streaming]'"
 
 
@@ -106,6 +106,7 @@ class MDSSource:
         self.shard_sizes = [len(shard) for shard in shards]
         self._ends = np.cumsum(self.shard_sizes)
         self._files: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        self._whole: set[int] = set()  # shards found whole by this process: reading the hash takes a while
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -147,7 +148,9 @@ class MDSSource:
         if number in self._files:
             self._files.move_to_end(number)
             return self._files[number]
-        self._prepare(number)
+        if number not in self._whole:
+            self._prepare(number)
+            self._whole.add(number)
         shard = self._shards[number]
         file = os.open(self._path(shard.raw_data), os.O_RDONLY)
         offsets = np.frombuffer(os.pread(file, 4 * (len(shard) + 1), 4), dtype=np.uint32)
@@ -180,7 +183,7 @@ class MDSSource:
             )
 
     def _damage(self, path: str, info: Any) -> str:
-        """What is wrong with an unpacked shard file, or ''. The hash is read once per process and shard."""
+        """What is wrong with an unpacked shard file, or ''."""
         size = os.path.getsize(path)
         if size != info.bytes:
             return f"{size} bytes where its index says {info.bytes}"
