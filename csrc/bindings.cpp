@@ -3,12 +3,16 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
+#include <atomic>
+#include <cmath>
+#include <memory>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -122,6 +126,144 @@ Tensor nearest(const Tensor& slot, int64_t B, int64_t H, int64_t W) {
   return out;
 }
 
+// Square window beyond which the Gaussian is left out. A smoothed row errs by at most 2 (1 - p) / p times the weight
+// left out, relative to max |h|; p > 0.5 on retained tokens, and a factor of two more is no matter.
+Window make_window(double sigma, int64_t reach) {
+  constexpr double kTolerance = 1e-6;
+  const auto gauss = [&](int64_t k) { return std::exp(-0.5 * double(k * k) / (sigma * sigma)); };
+  double all = 1.0;
+  for (int64_t k = 1; k <= 40 * sigma + 1; ++k) all += 2 * gauss(k);
+  Window w;
+  double inside = 1.0;
+  while (w.radius < reach && 2 * (all * all - inside * inside) > kTolerance) inside += 2 * gauss(++w.radius);
+  w.table.assign(2 * (w.radius + Window::kPad) + 1, 0.0f);
+  for (int64_t k = -w.radius; k <= w.radius; ++k) w.table[w.radius + Window::kPad + k] = float(gauss(k));
+  return w;
+}
+
+// cu_seqlens and index decide which memory is touched: every entry is looked at.
+void check_packing(const char* op, const Tensor& index, const Tensor& cu_seqlens, int64_t B, int64_t L) {
+  check_dtype(op, "index", index, at::kInt);
+  check_dtype(op, "cu_seqlens", cu_seqlens, at::kInt);
+  check_shape(op, "cu_seqlens", cu_seqlens, {B + 1});
+  const int32_t *cu = cu_seqlens.const_data_ptr<int32_t>(), *place = index.const_data_ptr<int32_t>();
+  TORCH_CHECK_VALUE(cu[0] == 0 && cu[B] <= index.numel(), op, ": cu_seqlens goes from ", cu[0], " to ", cu[B],
+                    ", expected 0 to at most ", index.numel());
+  for (int64_t b = 0; b < B; ++b) {
+    TORCH_CHECK_VALUE(cu[b + 1] > cu[b], op, ": cu_seqlens gives image ", b, " no tokens");
+    TORCH_CHECK_VALUE(cu[b + 1] <= index.numel(), op, ": cu_seqlens goes past the ", index.numel(), " rows of index");
+    int64_t before = b * L - 1;
+    for (int64_t t = cu[b]; t < cu[b + 1]; ++t) {
+      TORCH_CHECK_VALUE(place[t] > before && place[t] < (b + 1) * L, op, ": index has place ", place[t], " at row ", t,
+                        ", expected ascending places of image ", b);
+      before = place[t];
+    }
+  }
+}
+
+// Runs work(unit, scratch) for all units; threads take the next unit when they are free, since images differ in cost.
+template <class Work>
+void each_unit(int64_t units, int64_t scratch_floats, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(units, at::in_parallel_region() ? 1 : at::get_num_threads());
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[scratch_floats]);
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t unit; (unit = next++) < units;) work(unit, scratch.get());
+  });
+}
+
+// What forward and backward share: checked dense tensors, the plans, and the parameters that point at them.
+struct Dechunk {
+  Tensor h, prob, natural, index, cu_seqlens;
+  Window window;
+  std::vector<ImagePlan> plans;
+  int64_t scratch = 0;
+  DechunkParams p{};
+
+  Dechunk(const char* op, const Tensor& h_, const Tensor& prob_, const Tensor& natural_, const Tensor& index_,
+          const Tensor& cu_seqlens_, int64_t H, int64_t W, double sigma)
+      : h(h_.contiguous()), prob(prob_.contiguous()), natural(natural_.contiguous()), index(index_.contiguous()),
+        cu_seqlens(cu_seqlens_.contiguous()) {
+    TORCH_CHECK_VALUE(h.dim() == 2, op, ": h has shape ", h.sizes(), ", expected (T, D)");
+    TORCH_CHECK_VALUE(prob.dim() == 2, op, ": boundary_prob has shape ", prob.sizes(), ", expected (B, L)");
+    const int64_t B = prob.size(0), L = prob.size(1);
+    TORCH_CHECK_VALUE(H > 0 && W > 0 && H * W == L, op, ": grid ", H, "x", W, " does not have L = ", L, " places");
+    TORCH_CHECK_VALUE(sigma > 0, op, ": sigma is ", sigma, ", expected a positive number");
+    check_dtype(op, "boundary_prob", prob, at::kFloat);
+    check_dtype(op, "natural", natural, at::kBool);
+    check_shape(op, "natural", natural, {B, L});
+    check_shape(op, "index", index, {h.size(0)});
+    check_packing(op, index, cu_seqlens, B, L);
+    window = make_window(sigma, std::max(H, W) - 1);
+    plans.resize(B);
+    p.h = h.const_data_ptr();
+    p.h_type = p.residual_type = type_of(op, "h", h);
+    p.prob = prob.const_data_ptr<float>();
+    p.natural = natural.const_data_ptr<bool>();
+    p.index = index.const_data_ptr<int32_t>();
+    p.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
+    p.B = B, p.H = H, p.W = W, p.T = h.size(0), p.D = h.size(1), p.sigma = sigma;
+    at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+      kernels().dechunk_plan(p, window, plans.data(), begin, end);
+    });
+    int64_t most = 0;
+    for (const ImagePlan& plan : plans) most = std::max(most, plan.M);
+    scratch = kernels().dechunk_scratch(most, W);
+  }
+};
+
+std::tuple<Tensor, Tensor> dechunk(const Tensor& h, const Tensor& prob, const Tensor& natural, const Tensor& index,
+                                   const Tensor& cu_seqlens, const Tensor& residual, int64_t H, int64_t W, double sigma,
+                                   bool keep) {
+  Dechunk d("dechunk", h, prob, natural, index, cu_seqlens, H, W, sigma);
+  check_shape("dechunk", "residual", residual, {d.p.B, H * W, d.p.D});
+  const Tensor residual_ = residual.contiguous();
+  Tensor out = at::empty({d.p.B, H * W, d.p.D}, h.options().dtype(at::kFloat));
+  Tensor smooth = at::empty({keep ? d.p.T : 0, d.p.D}, out.options());
+  d.p.residual = residual_.const_data_ptr();
+  d.p.residual_type = type_of("dechunk", "residual", residual_);
+  d.p.out = out.mutable_data_ptr<float>();
+  d.p.smooth = keep ? smooth.mutable_data_ptr<float>() : nullptr;
+  const int64_t blocks = d.p.blocks();
+  each_unit(d.p.B * blocks, d.scratch, [&](int64_t unit, float* scratch) {
+    const int64_t b = unit / blocks;
+    kernels().dechunk_forward(d.p, d.window, d.plans[b], b, unit % blocks, scratch);
+  });
+  return {out, smooth};
+}
+
+std::tuple<Tensor, Tensor> dechunk_backward(const Tensor& grad, const Tensor& h, const Tensor& prob, const Tensor& natural,
+                                            const Tensor& index, const Tensor& cu_seqlens, const Tensor& smooth, int64_t H,
+                                            int64_t W, double sigma) {
+  const char* op = "dechunk_backward";
+  Dechunk d(op, h, prob, natural, index, cu_seqlens, H, W, sigma);
+  check_shape(op, "grad", grad, {d.p.B, H * W, d.p.D});
+  check_dtype(op, "grad", grad, at::kFloat);
+  check_shape(op, "smooth", smooth, h.sizes());
+  check_dtype(op, "smooth", smooth, at::kFloat);
+  const Tensor grad_ = grad.contiguous(), smooth_ = smooth.contiguous();
+  const int64_t blocks = d.p.blocks(), used = d.p.cu_seqlens[d.p.B];
+  Tensor dh = at::empty_like(d.h), dprob = at::empty_like(d.prob);
+  Tensor parts = at::empty({blocks * (d.p.B * H * W + 2 * d.p.T)}, dprob.options());
+  if (used < d.p.T) dh.narrow(0, used, d.p.T - used).zero_();
+  d.p.grad = grad_.const_data_ptr<float>();
+  d.p.smooth = const_cast<float*>(smooth_.const_data_ptr<float>());  // only read backward
+  d.p.dh = dh.mutable_data_ptr();
+  d.p.dprob = dprob.mutable_data_ptr<float>();
+  d.p.part_gate = parts.mutable_data_ptr<float>();
+  d.p.part_weight = d.p.part_gate + blocks * d.p.B * H * W;
+  d.p.part_cell = d.p.part_weight + blocks * d.p.T;
+  each_unit(d.p.B * blocks, d.scratch, [&](int64_t unit, float* scratch) {
+    const int64_t b = unit / blocks;
+    kernels().dechunk_backward(d.p, d.window, d.plans[b], b, unit % blocks, scratch);
+  });
+  at::parallel_for(0, d.p.B, 1, [&](int64_t begin, int64_t end) {
+    kernels().dechunk_sums(d.p, d.window, d.plans.data(), begin, end);
+  });
+  return {dh, dprob};
+}
+
 }  // namespace
 }  // namespace dcdit
 
@@ -132,6 +274,12 @@ TORCH_LIBRARY(dcdit, m) {
   m.def("gather_tokens(Tensor x, Tensor? pos, Tensor index, Tensor slot) -> Tensor");
   m.def("gather_tokens_backward(Tensor grad, Tensor slot, SymInt B, SymInt L) -> Tensor");
   m.def("nearest(Tensor slot, SymInt B, SymInt H, SymInt W) -> Tensor");
+  m.def(
+      "dechunk(Tensor h, Tensor boundary_prob, Tensor natural, Tensor index, Tensor cu_seqlens, Tensor residual, "
+      "SymInt H, SymInt W, float sigma, bool keep) -> (Tensor out, Tensor smooth)");
+  m.def(
+      "dechunk_backward(Tensor grad, Tensor h, Tensor boundary_prob, Tensor natural, Tensor index, Tensor cu_seqlens, "
+      "Tensor smooth, SymInt H, SymInt W, float sigma) -> (Tensor dh, Tensor dprob)");
 }
 
 TORCH_LIBRARY_IMPL(dcdit, CPU, m) {
@@ -139,4 +287,6 @@ TORCH_LIBRARY_IMPL(dcdit, CPU, m) {
   m.impl("gather_tokens", &dcdit::gather_tokens);
   m.impl("gather_tokens_backward", &dcdit::gather_tokens_backward);
   m.impl("nearest", &dcdit::nearest);
+  m.impl("dechunk", &dcdit::dechunk);
+  m.impl("dechunk_backward", &dcdit::dechunk_backward);
 }

@@ -8,9 +8,14 @@ namespace DCDIT_ISA {
 #include "nearest.inl"
 #include "select.inl"
 
+#include "plan.inl"
+#include "smooth.inl"
+#include "dechunk.inl"
+
 #define DCDIT_STRING_(x) #x
 #define DCDIT_STRING(x) DCDIT_STRING_(x)
-extern const Kernels table = {DCDIT_STRING(DCDIT_ISA), select_images, select_pack, rows, nearest};
+extern const Kernels table = {DCDIT_STRING(DCDIT_ISA), select_images, select_pack,      rows,         nearest,
+                             dechunk_plan,  dechunk_forward, dechunk_backward, dechunk_sums, dechunk_scratch};
 
 }  // namespace DCDIT_ISA
 }  // namespace dcdit

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../include/params.h"
+#include "plan.h"
 
 namespace dcdit {
 
@@ -17,6 +18,14 @@ struct Kernels {
   void (*rows)(const RowsParams&, int64_t begin, int64_t end);
   // Images [begin, end).
   void (*nearest)(const NearestParams&, int64_t begin, int64_t end);
+
+  // De-chunk: first a plan of each image, then blocks of channels in any order, and after the backward ones the sums
+  // over blocks, image by image. `scratch` holds dechunk_scratch(L, W) floats.
+  void (*dechunk_plan)(const DechunkParams&, const Window&, ImagePlan*, int64_t begin, int64_t end);
+  void (*dechunk_forward)(const DechunkParams&, const Window&, const ImagePlan&, int64_t b, int64_t block, float* scratch);
+  void (*dechunk_backward)(const DechunkParams&, const Window&, const ImagePlan&, int64_t b, int64_t block, float* scratch);
+  void (*dechunk_sums)(const DechunkParams&, const Window&, const ImagePlan*, int64_t begin, int64_t end);
+  int64_t (*dechunk_scratch)(int64_t most_tokens, int64_t W);
 };
 
 // The best table this processor can run; the environment variable DCDIT_ISA (base, avx2, avx512) can ask for less.

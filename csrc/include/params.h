@@ -36,4 +36,32 @@ struct NearestParams {
   int64_t H, W;
 };
 
+// De-chunk, forward and backward. Work is cut into images x blocks of kBlock channels.
+struct DechunkParams {
+  static constexpr int64_t kBlock = 128;
+
+  const void* h;              // (T, D)
+  const float* prob;          // (B, L)
+  const bool* natural;        // (B, L)
+  const int32_t* index;       // (T,)
+  const int32_t* cu_seqlens;  // (B+1,)
+  Type h_type, residual_type;
+  int64_t B, H, W, D;
+  double sigma;
+
+  const void* residual;  // forward: (B, L, D)
+  float* out;            // forward: (B, L, D)
+  float* smooth;         // (T, D) smoothed rows: written forward if not null, read backward
+
+  const float* grad;  // backward: (B, L, D)
+  void* dh;           // backward: (T, D)
+  float* dprob;       // backward: (B, L)
+  // Backward, sums over one block's channels: (blocks, B*L) gradient times filled-in row; (blocks, T) blend and
+  // neighbour terms of dp; (blocks, T) smoothed row times cell gradient.
+  float *part_gate, *part_weight, *part_cell;
+  int64_t T;
+
+  int64_t blocks() const { return (D + kBlock - 1) / kBlock; }
+};
+
 }  // namespace dcdit

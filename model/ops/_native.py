@@ -79,7 +79,7 @@ def why_not(op: str | None, device_type: str) -> str:
     return reason() or f"the extension has no {op or 'op'} for {device_type} tensors"
 
 
-def _register() -> None:
+def _register_fakes() -> None:
     @torch.library.register_fake("dcdit::select")
     def _(boundary_prob, tail_drop):
         B, L = boundary_prob.shape
@@ -99,6 +99,17 @@ def _register() -> None:
     def _(slot, B, H, W):
         return slot.new_empty((B, H * W))
 
+    @torch.library.register_fake("dcdit::dechunk")
+    def _(h, boundary_prob, natural, index, cu_seqlens, residual, H, W, sigma, keep):
+        out = h.new_empty(residual.shape, dtype=torch.float32)
+        return out, h.new_empty((h.shape[0] if keep else 0, h.shape[1]), dtype=torch.float32)
+
+    @torch.library.register_fake("dcdit::dechunk_backward")
+    def _(grad, h, boundary_prob, natural, index, cu_seqlens, smooth, H, W, sigma):
+        return torch.empty_like(h), torch.empty_like(boundary_prob)
+
+
+def _register_gather_autograd() -> None:
     def setup(ctx, inputs, output):
         x, _, _, slot = inputs
         ctx.B, ctx.L = x.shape[:2]
@@ -111,6 +122,25 @@ def _register() -> None:
     torch.library.register_autograd("dcdit::gather_tokens", backward, setup_context=setup)
 
 
+def _register_dechunk_autograd() -> None:
+    def setup(ctx, inputs, output):
+        h, prob, natural, index, cu_seqlens, residual, ctx.H, ctx.W, ctx.sigma, ctx.keep = inputs
+        ctx.residual_dtype = residual.dtype
+        ctx.save_for_backward(h, prob, natural, index, cu_seqlens, output[1])
+
+    def backward(ctx, grad, _):
+        h, prob, natural, index, cu_seqlens, smooth = ctx.saved_tensors
+        if not ctx.keep:
+            raise RuntimeError("dechunk: a forward without keep=True cannot be differentiated")
+        args = (grad, h, prob, natural, index, cu_seqlens, smooth, ctx.H, ctx.W, ctx.sigma)
+        dh, dprob = torch.ops.dcdit.dechunk_backward(*args)
+        return dh, dprob, None, None, None, grad.to(ctx.residual_dtype), None, None, None, None
+
+    torch.library.register_autograd("dcdit::dechunk", backward, setup_context=setup)
+
+
 if loaded():
-    _register()
+    _register_fakes()
+    _register_gather_autograd()
+    _register_dechunk_autograd()
     SERVES.update({op: devices(op) for op in ("select", "gather_tokens", "nearest", "dechunk")})

@@ -73,7 +73,11 @@ def dechunk(
     """
     _check(h, boundary_prob, natural, index, slot, cu_seqlens, residual, grid, sigma)
     wide = torch.promote_types(h.dtype, torch.float32)
-    _dispatch.resolve(backend, h.device, "dechunk")
+    if _dispatch.resolve(backend, h.device, "dechunk") == "native" and wide == torch.float32:
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (h, boundary_prob, residual))
+        p = boundary_prob.float()
+        args = (h, p, natural, index, cu_seqlens, residual, *grid, sigma, keep)
+        return torch.ops.dcdit.dechunk(*args)[0]
     with torch.autocast(h.device.type, enabled=False):
         plugback = _plugback_torch(h.to(wide), boundary_prob.to(wide), index, slot, grid, sigma)
     return Gate.apply(plugback, boundary_prob.to(wide), natural, residual.to(wide))
