@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.attention import attend
 from model.chunking import Packed
+from model.linear import Linear, linear
 
 Grid = tuple[int, int]
 
@@ -38,7 +39,7 @@ class Float32Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(at_least_float32(x), at_least_float32(self.weight), at_least_float32(self.bias))
+            return linear(at_least_float32(x), at_least_float32(self.weight), at_least_float32(self.bias))
 
 
 class RMSNorm(nn.Module):
@@ -165,8 +166,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_TD: Tensor, packed: Packed) -> Tensor:
         qkv_T3NK = self.qkv(x_TD).unflatten(-1, (3, self.num_heads, -1))
@@ -181,8 +182,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, inner)
-        self.fc2 = nn.Linear(inner, width)
+        self.fc1 = Linear(width, inner)
+        self.fc2 = Linear(inner, width)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x_TD), approximate="tanh"))

@@ -1,0 +1,70 @@
+"""A linear layer that takes the faster of torch's two float32 matrix products on a CPU.
+
+torch sends float32 products to MKL. On AMD processors oneDNN, which is built into torch too and which
+bfloat16 goes to anyway, is 1.7 to 2.3 times as fast on our shapes (EPYC with AVX-512, one thread: 4125 x 128
+x 384 takes 1.6 ms against 3.6; not measured on Intel). The same float32 arithmetic, in another order.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_MIN_ROWS = 256  # below, calls cost more than products
+
+
+class Linear(nn.Linear):
+    """nn.Linear, by oneDNN for float32 on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight' + bias over the last dimension, as torch.nn.functional.linear."""
+    plain = (
+        not _ONEDNN
+        or x.device.type != "cpu"
+        or x.dtype != torch.float32
+        or weight.dtype != torch.float32
+        or torch.is_autocast_enabled("cpu")
+        or x.numel() < _MIN_ROWS * x.shape[-1]
+        or torch.compiler.is_compiling()
+    )
+    if plain:
+        return F.linear(x, weight, bias)
+    return OneDNNLinear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """x (T, I), weight (O, I), bias (O,) or None -> (T, O); all three products by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        dx = _product(grad, weight.t()) if needs_x else None
+        dweight = _product(grad.t(), x.t()) if needs_weight else None
+        return dx, dweight, grad.sum(0) if needs_bias else None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+if _ONEDNN:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
+        """Keeps torch's FLOP counter right: 2 per multiply-add."""
+        rows = 1
+        for n in x_shape[:-1]:
+            rows *= n
+        return 2 * rows * x_shape[-1] * weight_shape[0]
