@@ -11,7 +11,7 @@ from model import DCDiT, DiT, preset
 from model.diffusion import make_process
 from model.errors import UserError
 from trainer.config import Config
-from trainer.data.manifest import Manifest
+from trainer.data import Manifest, check_batch
 
 
 def build_model(config: Config, manifest: Manifest) -> DCDiT | DiT:
@@ -39,6 +39,20 @@ def build_model(config: Config, manifest: Manifest) -> DCDiT | DiT:
     model_config = preset(config.model.preset, **(sizes | config.model.overrides))
     torch.manual_seed(config.run.seed)
     return DiT(model_config) if baseline else DCDiT(model_config)
+
+
+def micro_batch(config: Config, world_size: int) -> int:
+    """Images per process per forward pass; checks that everything divides over ``world_size`` processes.
+
+    Raises:
+        UserError: lists the valid choices.
+    """
+    micro = check_batch(config.train.global_batch_size, config.train.micro_batch_size, world_size)
+    if world_size % config.parallel.replicate:
+        raise UserError(
+            f"parallel.replicate={config.parallel.replicate} does not divide the {world_size} processes"
+        )
+    return micro
 
 
 def build_process(config: Config) -> Any:

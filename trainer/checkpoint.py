@@ -29,7 +29,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from model import DCDiT
 from model.errors import UserError
+from model.pretrained import save_weights
 from trainer.parallel.world import World
 
 COMPLETE = "COMPLETE"
@@ -82,12 +84,10 @@ def load(
 
 def export(folder: Path, model: nn.Module, weights: dict[str, torch.Tensor], run_info: dict[str, Any]) -> None:
     """``weights`` with ``model``'s config as safetensors + config.json, and ``run_info`` as run.json."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().float().contiguous() for k, v in weights.items()}, folder / "model.safetensors")
-    model.save_config(folder)
     (folder / "run.json").write_text(json.dumps(run_info, indent=1))
+    name = "DCDiT" if isinstance(model, DCDiT) else "DiT"  # FSDP renames the class of what it shards
+    save_weights(folder, name, model.config, {k: v.float() for k, v in weights.items()})
 
 
 def find_latest(folder: Path) -> Path | None:

@@ -182,9 +182,9 @@ def load_config(file: str | Path | None, overrides: list[str] | tuple[str, ...] 
         merged = _merge(merged, _read_yaml(Path(file), ()), str(file))
     for text in overrides:
         merged = _merge(merged, _parse_override(text), f"argument {text!r}")
-    for key in sorted(OmegaConf.missing_keys(merged)):
-        raise UserError(f"{key}: not set; give it in the YAML file or as {key}=VALUE")
     try:
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise UserError(f"{key}: not set; give it in the YAML file or as {key}=VALUE")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{getattr(error, 'full_key', None) or '?'}: {_first_line(error)}") from None
@@ -247,34 +247,6 @@ def check_config(config: Config) -> None:
             f"train.global_batch_size {config.train.global_batch_size}; "
             f"use {steps * config.train.global_batch_size}"
         )
-
-
-def micro_batch(config: Config, world_size: int) -> int:
-    """Images per rank per forward pass; checks that the global batch divides.
-
-    Raises:
-        UserError: lists the valid choices.
-    """
-    size = config.train.global_batch_size
-    if size % world_size:
-        near = [n for n in range(max(1, size - world_size), size + world_size + 1) if n % world_size == 0]
-        raise UserError(
-            f"train.global_batch_size: {size} does not divide over {world_size} processes; "
-            f"use {' or '.join(map(str, near))}"
-        )
-    per_rank = size // world_size
-    micro = config.train.micro_batch_size or per_rank
-    if per_rank % micro:
-        valid = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
-        raise UserError(
-            f"train.micro_batch_size: {micro} does not divide the {per_rank} images per process "
-            f"({size} over {world_size}); valid: {', '.join(map(str, valid))}"
-        )
-    if world_size % config.parallel.replicate:
-        raise UserError(
-            f"parallel.replicate: {config.parallel.replicate} does not divide the {world_size} processes"
-        )
-    return micro
 
 
 def _read_yaml(file: Path, chain: tuple[Path, ...]) -> DictConfig:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ import torch
 
 from model import ratio_loss
 from trainer import checkpoint, randomness
-from trainer.build import build_model, build_optimizer, build_process, learning_rate, process_kwargs
-from trainer.config import Config, flatten, micro_batch
+from trainer.build import build_model, build_optimizer, build_process, learning_rate, micro_batch, process_kwargs
+from trainer.config import Config, flatten
 from trainer.data import MDSSource, heldout_batches, train_loader
 from trainer.ema import ema_copy, ema_update
 from trainer.heldout import Heldout
@@ -75,25 +77,31 @@ class Trainer:
         self._announce()
         if self.position == 0:
             self.evaluate()
-        workers = config.data.num_workers
-        batches = iter(self._loader(self.position, self.world.rank, self.world.size, self.micro, workers))
-        while self.position < total:
-            self.train_step(batches)
-            if self._due(config.log.every * config.train.global_batch_size) or self.position == total:
-                self.metrics.log(self.stats.row(self.step, self.position))
-            stopping = self.stop.agreed(self.world)
-            if not stopping and (self._due(config.eval.every) or self.position == total):
-                self.evaluate()
-                stopping = self.stop.agreed(self.world)
-            if stopping or self._due(config.checkpoint.every) or self.position == total:
-                self.save()
-            if stopping and self.position < total:
-                break
+        loader = self._loader(
+            self.position, self.world.rank, self.world.size, self.micro, config.data.num_workers
+        )
+        with closing(iter(loader)) as batches:
+            while self.position < total and not self._one_round(batches):
+                pass
         self.metrics.close()
         self.stop.restore()
         return self.position == total
 
-    def train_step(self, batches: Any) -> None:
+    def _one_round(self, batches: Iterator) -> bool:
+        """A step and what is due after it; True when a signal asked to stop (and the run was saved)."""
+        config, end = self.config, self.position + self.config.train.global_batch_size
+        last = end >= config.train.total_images
+        self.train_step(batches)
+        if last or self._due(config.log.every * config.train.global_batch_size):
+            self.metrics.log(self.stats.row(self.step, self.position))
+        if not self.stop.agreed(self.world) and (last or self._due(config.eval.every)):
+            self.evaluate()
+        stopping = self.stop.agreed(self.world)
+        if last or stopping or self._due(config.checkpoint.every):
+            self.save()
+        return stopping
+
+    def train_step(self, batches: Iterator) -> None:
         """One optimizer step on ``global_batch_size`` images: ``accumulation`` micro-batches per process."""
         config = self.config
         rho = self._tail_drop()
@@ -146,8 +154,10 @@ class Trainer:
         self.model.eval()
         with self.stats.outside():
             averaged = self.heldout.run(self, self.ema, self.null_class)
-            raw = self.heldout.run(self, self.model, self.null_class)
+            raw = averaged and self.heldout.run(self, self.model, self.null_class)
         self.model.train()
+        if raw is None:  # a signal came: save first, ask questions later
+            return
         row = {"eval": True, "step": self.step, "images": self.position}
         row |= {f"heldout_{k}" if k in ("loss", "mse") else k: v for k, v in averaged.items()}
         self.metrics.log(row | {"heldout_mse_raw": raw["mse"]})
@@ -207,6 +217,7 @@ class Trainer:
             self.data, seed=config.run.seed, global_batch_size=config.train.global_batch_size,
             micro_batch_size=micro, rank=rank, world_size=size, start_position=start,
             end_position=config.train.total_images, label_drop=config.data.label_drop, num_workers=workers,
+            pin_memory=self.world.device.type == "cuda",
         )  # fmt: skip
 
     def _heldout_batches(self, source: MDSSource) -> Any:

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # `python trainer/train.py` puts trainer/ first on t
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from model.errors import UserError
-from trainer.config import Config, flatten, load_config, micro_batch, save_config
+from trainer.config import Config, flatten, load_config, save_config
 from trainer.signals import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED
 
 
@@ -53,7 +53,7 @@ def check(config: Config) -> None:
         UserError: the first thing found.
     """
     from trainer import checkpoint
-    from trainer.build import build_process, check_resumable
+    from trainer.build import build_process, check_resumable, micro_batch
     from trainer.data import open_source
     from trainer.loop import find_checkpoint
     from trainer.metrics import check_wandb

@@ -5,6 +5,7 @@ With ``parallel.replicate`` above 1 the mesh is (replicate, shard): sharded insi
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -20,6 +21,8 @@ from trainer.parallel.world import World
 
 def wrap(model: nn.Module, world: World, config: ParallelConfig, bf16: bool) -> nn.Module:
     """Activation checkpointing, compile and sharding, in this order, innermost unit first."""
+    # FSDP warns of outputs that are views, in case they are changed in place; the models never do that.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     checkpoint_blocks(model, config.activation_checkpointing)
     compile_blocks(model, config.compile)
     mesh = _mesh(world, config.replicate)
@@ -36,7 +39,8 @@ def wrap(model: nn.Module, world: World, config: ParallelConfig, bf16: bool) -> 
     for name in ("encoder", "decoder"):
         if hasattr(model, name):
             fully_shard(getattr(model, name), mesh=mesh, mp_policy=compute)
-    fully_shard(model, mesh=mesh, mp_policy=compute)
+    # The root, too, is sharded again after a forward: an evaluation has no backward that would do it.
+    fully_shard(model, mesh=mesh, mp_policy=compute, reshard_after_forward=True)
     model.to(world.device)  # buffers; parameters went to the mesh's device above
     return model
 

@@ -1,0 +1,116 @@
+"""Runs of the real trainer in real processes, on small shards of the embedded photographs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.demo import descendants
+from trainer.metrics import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "model.overrides={depth: 2}", "train.total_images=96", "train.global_batch_size=8", "train.precision=fp32",
+    "train.tail_drop_after=32", "train.ratio_group=2", "optimizer.lr=1e-3", "optimizer.warmup_images=16",
+    "ema.decay=0.9", "eval.every=48", "eval.count=8", "eval.batch_size=4", "checkpoint.every=24", "log.every=1",
+    "data.num_workers=0", "log.tensorboard=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    from trainer.prepare import main
+
+    folder = tmp_path_factory.mktemp("shards") / "photos"
+    assert main(["photos", "--to", str(folder), "--samples-per-class", "6", "--size", "8"]) == 0
+    return folder
+
+
+class Runs:
+    """Starts ``trainer/train.py`` on ``shards`` in its own folder; see the methods."""
+
+    def __init__(self, shards: Path, folder: Path) -> None:
+        self.shards, self.folder = shards, folder
+
+    def command(self, name: str, processes: int, *overrides: str) -> list[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return [
+            sys.executable, *(launcher if processes > 1 else []), "trainer/train.py", "--device", "cpu",
+            "--config", "configs/recipe/demo.yaml", *SMALL, f"data.path={self.shards}",
+            f"run.dir={self.folder / name}", *overrides,
+        ]  # fmt: skip
+
+    def start(self, name: str, processes: int, *overrides: str) -> subprocess.Popen:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            self.command(name, processes, *overrides), cwd=ROOT, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, name: str, processes: int, *overrides: str, status: int = 0) -> str:
+        """Run to the end; returns the output after checking the exit status."""
+        process = self.start(name, processes, *overrides)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == status, output
+        return output
+
+    def kill_at(self, name: str, images: int, processes: int, *overrides: str, delay: float = 0.0) -> None:
+        """SIGKILL every process of the run once ``images`` are logged (and ``delay`` seconds later)."""
+        process = self.start(name, processes, *overrides)
+        deadline = time.monotonic() + 240
+        while self.images(name) < images:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(delay)
+        for pid in [process.pid, *descendants(process.pid)]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.communicate(timeout=60)
+
+    def images(self, name: str) -> int:
+        return max((row["images"] for row in read_rows(self.folder / name)), default=-1)
+
+    def rows(self, name: str, *, evaluation: bool = False) -> list[dict]:
+        return [r for r in read_rows(self.folder / name) if bool(r.get("eval")) == evaluation]
+
+    def losses(self, name: str) -> list[float]:
+        return [row["loss"] for row in self.rows(name)]
+
+    def state(self, name: str, images: int = 96) -> dict[str, torch.Tensor]:
+        """Every tensor of a checkpoint (model, ema, optimizer), whole, by name."""
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        file = self.folder / f"{name}-{images}.pt"
+        dcp_to_torch_save(str(self.folder / name / "checkpoints" / f"{images:012d}"), str(file))
+        flat: dict[str, torch.Tensor] = {}
+
+        def walk(value: object, key: str) -> None:
+            if isinstance(value, dict):
+                for name, inner in value.items():
+                    walk(inner, f"{key}/{name}")
+            elif isinstance(value, torch.Tensor):
+                flat[key] = value
+
+        walk(torch.load(file, weights_only=False), "")
+        return flat
+
+
+@pytest.fixture(scope="module")
+def runs(shards, tmp_path_factory) -> Runs:
+    return Runs(shards, tmp_path_factory.mktemp("runs"))
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys() and len(a) > 100
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different, different[:5]

@@ -1,0 +1,62 @@
+"""The same seed gives the same losses whatever the engine, the number of processes and the micro-batch; and a
+checkpoint of one goes on in another."""
+
+import pytest
+
+# Sums over other groupings of the same float32 numbers: 12 steps, loss about 1.
+TOLERANCE = 2e-5
+
+LAYOUTS = {
+    "fsdp-2": (2, ["parallel.engine=fsdp"]),
+    "ddp-2": (2, ["parallel.engine=ddp"]),
+    "fsdp-1": (1, ["parallel.engine=fsdp"]),
+    "fsdp-2-accumulate": (2, ["parallel.engine=fsdp", "train.micro_batch_size=2"]),
+    "ddp-2-accumulate": (2, ["parallel.engine=ddp", "train.micro_batch_size=2"]),
+    "fsdp-2-recompute": (2, ["parallel.engine=fsdp", "parallel.activation_checkpointing=block"]),
+    "hsdp-2x2": (4, ["parallel.engine=fsdp", "parallel.replicate=2"]),
+    "workers": (2, ["data.num_workers=2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(runs):
+    runs.run("reference", 1, "parallel.engine=ddp")
+    return runs.losses("reference"), runs.rows("reference", evaluation=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equal_losses(runs, reference, layout):
+    losses, evaluations = reference
+    processes, overrides = LAYOUTS[layout]
+    runs.run(layout, processes, *overrides)
+    assert runs.losses(layout) == pytest.approx(losses, abs=TOLERANCE)
+    assert losses[-1] < 0.97 * losses[0], "it has to learn something for this to mean something"
+    for ours, theirs in zip(runs.rows(layout, evaluation=True), evaluations, strict=True):
+        assert ours["heldout_mse"] == pytest.approx(theirs["heldout_mse"], abs=TOLERANCE)
+        assert ours["share_by_class"] == pytest.approx(theirs["share_by_class"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp")), ((2, "fsdp"), (4, "fsdp")), ((4, "fsdp"), (2, "ddp"))],
+)
+def test_a_checkpoint_goes_on_with_other_processes_and_engines(runs, reference, first, second):
+    name = f"{first[0]}{first[1]}-{second[0]}{second[1]}"
+    # The first leg is stopped by its total; the position in images is all that the second needs.
+    runs.run(name, first[0], f"parallel.engine={first[1]}", "train.total_images=48")
+    output = runs.run(name, second[0], f"parallel.engine={second[1]}")
+    assert "resumed from" in output
+    assert runs.losses(name) == pytest.approx(reference[0], abs=TOLERANCE)
+
+
+def test_bfloat16_follows_float32(runs, reference):
+    runs.run("bf16", 2, "train.precision=bf16")
+    assert runs.losses("bf16") == pytest.approx(reference[0], abs=0.03)
+
+
+def test_the_baseline_and_flow_matching_train_by_the_same_loop(runs):
+    runs.run("dit", 2, "model.preset=DiT-Ti/2")
+    assert runs.losses("dit")[-1] < 0.9 * runs.losses("dit")[0]
+    assert runs.rows("dit")[0]["tokens"] is None
+    runs.run("flow", 2, "diffusion.kind=flow")
+    assert runs.losses("flow")[-1] < 0.95 * runs.losses("flow")[0]
