@@ -9,6 +9,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+if __name__ == "__main__":  # `python trainer/prepare.py` puts trainer/ first on the path
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from model.errors import UserError
 from trainer.data.mds import open_source
 from trainer.data.photos import CROP_PIXELS, PHOTOS, write_photos
