@@ -1,8 +1,8 @@
 """The chunking path against the dense formulation, side by side in one process.
 
-Path: select (with tail drop) -> gather + positions -> smoothing -> plug-back -> gated residual, 25 % retained. `dense` is the
-formulation with argsorts, a B x M x M kernel and a B x L x M distance table; `torch` and `auto` are ours. Runs are
-interleaved, so that a busy machine slows all of them alike; the table shows medians in milliseconds.
+Path: select (with tail drop), gather + positions, smoothing, plug-back, gated residual; 25 % retained.
+`dense` is the formulation with argsorts, a B x M x M kernel and a B x L x M distance table; `torch` and
+`auto` are ours. Runs are interleaved, so that a busy machine slows all alike; the table shows medians in ms.
 
     python benchmarks/chunking.py [--quick] [--json FILE] [--dtype float32] [--threads N]
 """

@@ -14,6 +14,10 @@
 #include <tuple>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "cpu/kernels.h"
 
 namespace dcdit {
@@ -56,6 +60,19 @@ constexpr int64_t kGrain = 16384;
 
 int64_t grain(int64_t elements_per_unit) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_unit)); }
 
+// An uninitialised tensor. A large one comes from the system as untouched pages, and taking them 4 KB at a time costs
+// several times the arithmetic on them: ask for huge pages where the system leaves that to us.
+Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor out = at::empty(sizes, options);
+#ifdef __linux__
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr()), end = begin + out.nbytes();
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  if (out.nbytes() >= 16 * kHuge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select(const Tensor& prob, const Tensor& tail_drop) {
   TORCH_CHECK_VALUE(prob.dim() == 2, "select: boundary_prob has shape ", prob.sizes(), ", expected (B, L)");
   const int64_t B = prob.size(0), L = prob.size(1);
@@ -83,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select(const Tensor& prob, co
 
 Tensor rows(const Tensor& x, const std::optional<Tensor>& pos, const Tensor& map, int64_t L, const char* op) {
   const int64_t D = x.size(-1), M = map.numel();
-  Tensor out = at::empty({M, D}, x.options());
+  Tensor out = fresh({M, D}, x.options());
   const RowsParams p{x.const_data_ptr(), pos ? pos->const_data_ptr<float>() : nullptr, map.const_data_ptr<int32_t>(),
                      out.mutable_data_ptr(), type_of(op, "x", x), L, D};
   at::parallel_for(0, M, grain(D), [&](int64_t begin, int64_t end) { kernels().rows(p, begin, end); });
@@ -219,8 +236,8 @@ std::tuple<Tensor, Tensor> dechunk(const Tensor& h, const Tensor& prob, const Te
   Dechunk d("dechunk", h, prob, natural, index, cu_seqlens, H, W, sigma);
   check_shape("dechunk", "residual", residual, {d.p.B, H * W, d.p.D});
   const Tensor residual_ = residual.contiguous();
-  Tensor out = at::empty({d.p.B, H * W, d.p.D}, h.options().dtype(at::kFloat));
-  Tensor smooth = at::empty({keep ? d.p.T : 0, d.p.D}, out.options());
+  Tensor out = fresh({d.p.B, H * W, d.p.D}, h.options().dtype(at::kFloat));
+  Tensor smooth = fresh({keep ? d.p.T : 0, d.p.D}, out.options());
   d.p.residual = residual_.const_data_ptr();
   d.p.residual_type = type_of("dechunk", "residual", residual_);
   d.p.out = out.mutable_data_ptr<float>();
@@ -244,7 +261,7 @@ std::tuple<Tensor, Tensor> dechunk_backward(const Tensor& grad, const Tensor& h,
   check_dtype(op, "smooth", smooth, at::kFloat);
   const Tensor grad_ = grad.contiguous(), smooth_ = smooth.contiguous();
   const int64_t blocks = d.p.blocks(), used = d.p.cu_seqlens[d.p.B];
-  Tensor dh = at::empty_like(d.h), dprob = at::empty_like(d.prob);
+  Tensor dh = fresh(d.h.sizes(), d.h.options()), dprob = at::empty_like(d.prob);
   Tensor parts = at::empty({blocks * (d.p.B * H * W + 2 * d.p.T)}, dprob.options());
   if (used < d.p.T) dh.narrow(0, used, d.p.T - used).zero_();
   d.p.grad = grad_.const_data_ptr<float>();
