@@ -45,13 +45,17 @@ def choose(backend: str, device: torch.device | str, dtype: torch.dtype, head_di
     """
     if backend not in ATTENTION_BACKENDS:
         raise UserError(f"attention_backend={backend!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
-    device = torch.device(device)
-    if backend == "auto":
-        return next(choice for choice in survey(device, dtype, head_dim) if choice.usable)
-    choice = _judge(backend, device, dtype, head_dim)
-    if not choice.usable:
-        raise UserError(f"attention_backend={backend}: {choice.why}; or use attention_backend=auto")
-    return choice
+    return _choose(backend, torch.device(device), dtype, head_dim)
+
+
+@cache
+def _choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
+    names = (*KERNELS, "sdpa") if backend == "auto" else (backend,)
+    for name in names:  # one by one: what comes after the first that runs is not even imported
+        choice = _judge(name, device, dtype, head_dim)
+        if choice.usable:
+            return choice
+    raise UserError(f"attention_backend={backend}: {choice.why}; or use attention_backend=auto")
 
 
 def survey(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> list[Choice]:
@@ -93,6 +97,7 @@ def attend(
     return out[0] if isinstance(out, tuple) else out
 
 
+@torch.compiler.disable  # lengths are Python ints here: a compiled block would be recompiled every step
 def _sdpa(qkv_T3NK: Tensor, seqlens: tuple[int, ...]) -> Tensor:
     if len(set(seqlens)) == 1:
         return _dense_sdpa(qkv_T3NK, seqlens[0])

@@ -108,7 +108,8 @@ class Modulate(torch.autograd.Function):
     def forward(ctx, x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, image_T: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, scale_BD, image_T)
         ctx.shift_dtype = shift_BD.dtype
-        return x_TD * (1 + scale_BD).index_select(0, image_T) + shift_BD.index_select(0, image_T)
+        out_TD = x_TD * (1 + scale_BD).index_select(0, image_T)
+        return out_TD.add_(shift_BD.index_select(0, image_T))  # in place: one dense tensor less to touch
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor):

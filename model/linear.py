@@ -51,8 +51,15 @@ class OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         dx = _product(grad, weight.t()) if needs_x else None
-        dweight = _product(grad.t(), x.t()) if needs_weight else None
+        dweight = _weight_gradient(grad, x) if needs_weight else None
         return dx, dweight, grad.sum(0) if needs_bias else None
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad' x, (O, I). oneDNN first copies the left factor's transpose: let it be the narrower one."""
+    if grad.shape[1] <= x.shape[1]:
+        return _product(grad.t(), x.t())
+    return _product(x.t(), grad.t()).t().contiguous()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
