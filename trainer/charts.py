@@ -31,9 +31,11 @@ def line_chart(
     *,
     x_label: str,
     y_label: str = "",
+    x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
     y_percent: bool = False,
     marks: Sequence[tuple[float, str]] = (),
+    height: int = HEIGHT,
 ) -> str:
     """An SVG line chart with a legend above it; `marks` are labelled dashed levels of y.
 
@@ -43,34 +45,33 @@ def line_chart(
     series = [Series(s.name, _thin(_finite(s.points)), s.tone, s.style) for s in series]
     series = [s for s in series if s.points]
     xs = [x for s in series for x, _ in s.points] or [0.0, 1.0]
-    x0, x1 = min(xs), max(xs)
+    x0, x1 = x_range or (min(xs), max(xs))
     x1 = x1 if x1 > x0 else x0 + 1.0
     y0, y1 = y_range or _span(series, [level for level, _ in marks])
-    y_ticks = ticks(y0, y1)
-    if y_range is None:
-        y0, y1 = min(y0, y_ticks[0]), max(y1, y_ticks[-1])
+    y_ticks = _round_out(y0, y1)
+    y0, y1 = min(y0, y_ticks[0]), max(y1, y_ticks[-1])
 
     def px(x: float) -> float:
         return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
 
     def py(y: float) -> float:
         y = min(max(y, y0), y1)
-        return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
+        return height - BOTTOM - (y - y0) / (y1 - y0) * (height - TOP - BOTTOM)
 
-    out = [_open(y_label or x_label)]
+    out = [_open(y_label or x_label, height)]
     for y in y_ticks:
         text = f"{y * 100:.3g}%" if y_percent else short(y)
         out.append(_level("gridline", py(y)))
         out.append(_text(LEFT - 7, py(y) + 4, text, "end"))
     for x in ticks(x0, x1, 5):
-        out.append(_text(px(x), HEIGHT - BOTTOM + 18, short(x), "middle"))
-    for level, name in marks:
-        out.append(_level("mark", py(level)))
-        out.append(_text(WIDTH - RIGHT - 4, py(level) - 5, name, "end"))
+        out.append(_text(px(x), height - BOTTOM + 18, short(x), "middle"))
+    out.extend(_level("mark", py(level)) for level, _ in marks)
     out.append(_level("axis", py(y0)))
     for s in series:
         out.append(_draw(s, px, py))
-    out.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "middle", "label"))
+    for level, name in marks:  # last, and with a halo, so that a line running along it does not strike it out
+        out.append(_text(WIDTH - RIGHT - 4, py(level) + 15, name, "end", "over"))
+    out.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 8, x_label, "middle", "label"))
     return _legend(series) + "".join(out) + "</svg>"
 
 
@@ -95,9 +96,18 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
         high = low + 1.0
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.9)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _round_out(low: float, high: float) -> list[float]:
+    """`ticks`, with one more on either side where the data would stick out by a good part of a step."""
+    inner = ticks(low, high)
+    step = inner[1] - inner[0] if len(inner) > 1 else high - low
+    below = [inner[0] - step] if low < inner[0] - 0.3 * step else []
+    above = [inner[-1] + step] if high > inner[-1] + 0.3 * step else []
+    return [round(y, 12) for y in below + inner + above]
 
 
 def short(value: float) -> str:
@@ -126,7 +136,7 @@ def _span(series: Sequence[Series], levels: Sequence[float]) -> tuple[float, flo
     low, high = min(lows, default=0.0), max(highs, default=1.0)
     if high - low < 1e-9:
         return low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
-    return (0.0 if 0 <= low < 0.4 * high else low - 0.06 * (high - low)), high + 0.06 * (high - low)
+    return (0.0 if 0 <= low < 0.4 * high else low), high
 
 
 def _draw(s: Series, px, py) -> str:
@@ -147,8 +157,8 @@ def _legend(series: Sequence[Series]) -> str:
     return f'<div class="legend">{items}</div>'
 
 
-def _open(label: str) -> str:
-    box = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
+def _open(label: str, height: int) -> str:
+    box = f'viewBox="0 0 {WIDTH} {height}"'
     return f'<svg class="chart" {box} role="img" aria-label="{escape(label, quote=True)}">'
 
 

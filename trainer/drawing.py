@@ -16,10 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from trainer.randomness import rng
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How to draw. `method` None is the process's own default; rho and guidance as in DC-DiT §3."""
+    """How to draw. rho and guidance as in DC-DiT v2 §3; `method` None is the process's own default.
+
+    `clip` holds the clean image that each step foresees within [-1, 1]. None does so for pixels, which lie
+    there, and not for latents, which do not (and where the paper does not).
+    """
 
     steps: int = 50
     method: str | None = None
@@ -29,6 +35,10 @@ class Settings:
     seed: int = 0
     batch: int = 16
     precision: str = "fp32"
+    clip: bool | None = None
+
+    def clips(self, source: Source) -> bool:
+        return not source.latent if self.clip is None else self.clip
 
 
 @dataclass
@@ -144,6 +154,8 @@ def _draw(source: Source, counts, labels, keys, settings: Settings, on_step):
     drop = dict(tail_drop=settings.tail_drop, uncond_tail_drop=settings.uncond_tail_drop)
     y = torch.tensor(list(labels), dtype=torch.int64, device=device)
     model_fn = guided(source.model, y, settings.guidance, on_output=counts, **drop)
+    if settings.clips(source):
+        model_fn = clipped(source.process, model_fn)
 
     def noise(stream: int):
         rows = [_normal(settings.seed, key, stream, shape) for key in keys]
@@ -155,6 +167,31 @@ def _draw(source: Source, counts, labels, keys, settings: Settings, on_step):
             step_noise=lambda i: noise(i + 1), on_step=on_step,
         )  # fmt: skip
     return out.float().cpu()
+
+
+def clipped(process, model_fn):
+    """`model_fn` with its prediction moved to where the clean image that it implies lies in [-1, 1].
+
+    Small errors at high noise are multiplied by up to 160 on their way to the clean image; without this a
+    young model of pixels drifts out of their range and never comes back. The learned variance is left alone.
+    """
+    import torch
+
+    def moved(x, t_model):
+        out = model_fn(x, t_model).float()
+        prediction, rest = out[:, : x.shape[1]], out[:, x.shape[1] :]
+        one = torch.ones_like(x[:, :1, :1, :1])
+        if process.kind == "flow":  # x = x0 + t v
+            base, slope = one, one * (t_model / process.num_timesteps).view(-1, 1, 1, 1)
+        else:  # x = base x0 + slope epsilon
+            base = process.add_noise(one, 0 * one, t_model)
+            slope = process.add_noise(0 * one, one, t_model)
+        clean = ((x - slope * prediction) / base).clamp(-1, 1)
+        # Flow's last corrector step is at t = 0, where x is the clean image whatever is predicted.
+        prediction = torch.where(slope > 0, (x - base * clean) / slope.clamp(min=1e-8), prediction)
+        return torch.cat([prediction, rest], 1)
+
+    return moved
 
 
 class _Counter:
@@ -215,40 +252,50 @@ def pick_device(name: str):
 
 
 def _released(path: Path, heads: int | None, sigma: float | None):
-    from model.weights import load_released
-
+    """A published DC-DiT or DiT file; the tensors' names tell which."""
     from model.errors import UserError
+    from model.weights import load_dit, load_released
 
     if not path.is_file():
         raise UserError(f"--checkpoint: no such file {path}")
-    return load_released(path, heads=heads, dechunk_sigma=sigma)
+    try:
+        try:
+            return load_dit(path, heads=heads)
+        except UserError as error:
+            if "load_released" not in str(error):
+                raise
+        return load_released(path, heads=heads, dechunk_sigma=sigma)
+    except UserError as error:  # the reader speaks of its arguments, here they are flags
+        words = (
+            str(error).replace("give heads=", "give --heads").replace("give dechunk_sigma=", "give --sigma")
+        )
+        raise UserError(words) from None
 
 
 def _exported(folder: Path):
-    from model import DCDiT, DiT
+    import model
+    from model.pretrained import model_class
 
-    config = json.loads((folder / "config.json").read_text())
-    return (DiT if "patch_size" in config else DCDiT).from_pretrained(folder)
+    return getattr(model, model_class(folder)).from_pretrained(folder)
 
 
 def _read_run(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _stream_keys(labels: Sequence[int]) -> list[int]:
-    """Label and number within the label, as one integer per picture."""
+def _stream_keys(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """(label, number within the label) of each picture."""
     seen: dict[int, int] = {}
     keys = []
     for label in labels:
-        keys.append((label << 32) | seen.get(label, 0))
+        keys.append((label, seen.get(label, 0)))
         seen[label] = seen.get(label, 0) + 1
     return keys
 
 
-def _normal(seed: int, key: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
+def _normal(seed: int, key: tuple[int, int], stream: int, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal float32: a function of its arguments alone."""
-    bits = np.random.Philox(key=[seed, key], counter=[0, stream, 0, 0])
-    return np.random.Generator(bits).standard_normal(shape, np.float32)
+    return rng(seed, "sample", *key, stream).standard_normal(shape, np.float32)
 
 
 def _autocast(device, precision: str):

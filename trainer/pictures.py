@@ -48,9 +48,10 @@ def show(images) -> np.ndarray:
     return np.stack([to_uint8(one) for one in array]) if array.shape[1] in (1, 3) else false_colour(array)
 
 
-def heat(values) -> np.ndarray:
-    """(H, W) float in [0, 1] to (H, W, 3) uint8 along the ramp: dark is 0, straw is 1."""
-    position = np.clip(np.nan_to_num(_numpy(values)), 0, 1) * (len(_RAMP) - 1)
+def heat(values, low: float = 0.0, high: float = 1.0) -> np.ndarray:
+    """(H, W) float to (H, W, 3) uint8 along the ramp: dark is `low` and below, straw is `high` and above."""
+    part = (np.nan_to_num(_numpy(values)) - low) / max(high - low, 1e-9)
+    position = np.clip(part, 0, 1) * (len(_RAMP) - 1)
     low = np.minimum(position.astype(int), len(_RAMP) - 2)
     part = (position - low)[..., None]
     return (_RAMP[low] * (1 - part) + _RAMP[low + 1] * part).round().astype(np.uint8)

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     settings = Settings(
         steps=args.steps, method=_method(args.method, source), guidance=args.guidance,
         tail_drop=args.tail_drop, uncond_tail_drop=args.uncond_tail_drop, seed=args.seed, batch=args.batch,
-        precision=args.precision or source.run.get("precision", "fp32"),
+        precision=args.precision or source.run.get("precision", "fp32"), clip=args.clip,
     )  # fmt: skip
     vae = load_vae(args.vae, source.device) if args.vae else None
     target = _target(args.to, source, settings)
@@ -142,6 +142,7 @@ def write(
         "classes": list(labels),
         "class_names": [names[label] for label in labels],
         **dataclasses.asdict(settings),
+        "clip": settings.clips(source),
         "device": str(source.device),
         "retained_share": _mean(drawn.kept),
         "retained_share_unconditional": _mean(drawn.kept_uncond),
@@ -211,6 +212,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--to", metavar="FILE.png", help="default: samples/ in the run's folder")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--precision", choices=("fp32", "bf16"), help="default: the run's own, else fp32")
+    add(
+        "--clip",
+        action=argparse.BooleanOptionalAction,
+        help="hold the clean image foreseen at each step within the pixels' range (default: for pixels)",
+    )
     add("--vae", metavar="FOLDER", help="a diffusers AutoencoderKL that turns latents into photographs")
     add("--heads", type=int, metavar="N", help="attention heads, for a released .pt that does not say")
     add("--sigma", type=float, metavar="S", help="de-chunk sigma, for a released .pt that does not say")

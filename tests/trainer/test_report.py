@@ -1,0 +1,213 @@
+"""`dcdit report`: one file that stands alone, says what is missing, and looks right in a browser."""
+
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.trainer.synthetic_run import export, manifest, mds, metrics, run_folder, tiny_model
+from trainer import charts, cli, report
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+)
+VOID = {"meta", "img", "link", "br"}  # what HTML closes by itself; SVG closes its own
+
+
+class Balanced(HTMLParser):
+    """Counts tags and fails where one closes another's."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.count = [], {}
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def write(run, *words) -> str:
+    assert cli.main(["report", str(run), "--steps", "2", "--quick", *words]) == 0
+    return (run / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    run = run_folder(root, data=mds(root / "data"))
+    return run, write(run)
+
+
+def test_stands_alone(full):
+    _, page = full
+    assert not re.search(r'(?:src|href)="(?!data:image/png;base64,)', page)
+    assert "<script" not in page and "@import" not in page and "url(" not in page
+    assert page.count("http") == 0
+
+
+def test_markup_is_balanced_and_text_is_escaped(full):
+    _, page = full
+    Balanced(page)
+    assert "small &amp; &lt;odd&gt;" in page and "<odd>" not in page
+
+
+def test_holds_every_part(full):
+    _, page = full
+    for words in (
+        "Samples", "Where the tokens go", "By noise level", "By class", "drop 0%", "drop 30%", "drop 60%",
+        "Loss", "Held-out error", "Tokens kept", "Gradient norm", "By component", "By budget", "GFLOPs",
+        "total_images: 1280", "printed page", "640", "of 1,280", "target 1/4",
+    ):  # fmt: skip
+        assert words in page, words
+    assert "note" not in re.sub(r"<style>.*?</style>", "", page, flags=re.S)
+    pictures = 4 + 2 * 3 * len(report.NOISE_LEVELS) + 3 * 4
+    assert Balanced(page).count["img"] == pictures and len(report.NOISE_LEVELS) >= 6
+
+
+def test_pictures_keep_their_own_size_and_are_enlarged_by_the_page(full):
+    _, page = full
+    assert "image-rendering: pixelated" in page and "prefers-color-scheme: dark" in page
+    assert len(page) < 400_000
+
+
+def test_not_finite_values_leave_a_gap_and_cut_lines_are_skipped(full):
+    _, page = full
+    assert "nan" not in page.split("</style>")[1].lower().replace("finance", "")
+
+
+def test_budgets_share_the_noise_and_cost_less_and_less(full, capsys):
+    _, page = full
+    kept = [float(x) for x in re.findall(r"([\d.]+)% of the tokens kept", page)]
+    cost = [float(x) for x in re.findall(r"<span>([\d.]+) GFLOPs", page)]
+    assert len(kept) == len(cost) == 3
+    assert kept[0] > kept[1] > kept[2] and cost[0] > cost[1] > cost[2]
+
+
+def test_run_that_just_began_says_so(tmp_path, capsys):
+    run = tmp_path / "young"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    page = write(run)
+    Balanced(page)
+    assert "No rows in metrics.jsonl yet" in page and "no readable config.yaml" in page
+    assert "No pictures on this page" in page and page.count(report.NEED_WEIGHTS.split(":")[0]) >= 3
+    assert "note: " in capsys.readouterr().out
+
+
+def test_a_few_steps_without_evaluation_or_data(tmp_path):
+    run = run_folder(tmp_path)
+    metrics(run, steps=2, evals=False)
+    page = write(run)
+    assert "No held-out evaluation yet" in page and "give it with --data" in page
+    assert "drop 60%" in page, "samples need no data"
+
+
+def test_shares_are_measured_where_none_were_logged(tmp_path):
+    run = run_folder(tmp_path)
+    metrics(run, steps=2, evals=False)
+    page = write(run, "--data", str(mds(tmp_path / "data")))
+    assert "Measured now on 4 held-out images" in page and "By class" in page
+
+
+def test_data_that_moved_away_is_a_note_and_a_wrong_flag_an_error(tmp_path, capsys):
+    run = run_folder(tmp_path, data=tmp_path / "gone")
+    assert "held-out images could not be read" in write(run)
+    capsys.readouterr()
+    assert cli.main(["report", str(run), "--data", str(tmp_path / "gone")]) == 2
+    assert "gone" in capsys.readouterr().err
+
+
+def test_damaged_checkpoint_still_gives_curves(tmp_path):
+    run = run_folder(tmp_path)
+    weights = next(run.rglob("model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    page = write(run)
+    assert "No pictures on this page" in page and "model.safetensors" in page and "Gradient norm" in page
+
+
+def test_baseline_without_a_router(tmp_path):
+    page = write(run_folder(tmp_path, model=tiny_model(baseline=True), data=mds(tmp_path / "data")))
+    assert "This model has no router" in page and "By component" in page and "drop 30%" not in page
+
+
+def test_latents_and_flow(tmp_path):
+    model = tiny_model(4, learn_sigma=False)
+    run = run_folder(tmp_path, model=model)
+    export(next(run.rglob("ema")), model, kind="flow", data=manifest(4, "latents"))
+    sizes = run / "checkpoints" / "000000000640" / "COMPLETE"
+    sizes.write_text("{}")
+    page = write(run)
+    assert "False colours of the VAE&#x27;s latents" in page and "EULER" in page
+
+
+def test_old_page_stays_when_the_run_is_wrong(tmp_path, capsys):
+    for path, said in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "not a run")):
+        assert cli.main(["report", str(path)]) == 2
+        assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def _svg(chart: str):
+    return ElementTree.fromstring(chart[chart.index("<svg") :])
+
+
+@pytest.mark.parametrize("points", [[], [(5, 1.0)], [(0, 2.0), (1, 2.0)], [(0, float("nan")), (1, 3.0)]])
+def test_charts_of_next_to_nothing(points):
+    svg = _svg(charts.line_chart([charts.Series("a", points)], x_label="x"))
+    assert not any("nan" in value for element in svg.iter() for value in element.attrib.values())
+
+
+def test_long_lines_are_thinned_but_keep_their_spikes():
+    points = [(float(i), 0.0) for i in range(50_000)]
+    points[31_234] = (31_234.0, 9.0)
+    thin = charts._thin(points)
+    assert len(thin) <= 402 and (31_234.0, 9.0) in thin and thin == sorted(thin)
+
+
+@pytest.mark.parametrize("low,high", [(0, 1), (0.93, 1.07), (-3, 1e6), (2e-7, 3e-7), (5, 5)])
+def test_ticks_are_round_and_cover_the_range(low, high):
+    found = charts.ticks(low, high)
+    assert 2 <= len(found) <= 8 and found == sorted(found)
+    assert found[0] >= low - 1e-9 and found[-1] <= max(high, low + 1) + 1e-9
+
+
+def test_smoothing_is_a_mean_from_the_first_point_on():
+    smooth = charts.smooth([(i, 3.0) for i in range(10)], 4)
+    assert np.allclose([y for _, y in smooth], 3.0)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("width", [1200, 400])
+def test_browser_shows_it_without_sideways_scrolling(full, tmp_path, width):
+    """The page in a frame of `width` pixels: it must not be wider than that, and must not be blank."""
+    run, _ = full
+    shot, profile = tmp_path / "shot.png", tmp_path / "profile"
+    probe = tmp_path / "probe.html"
+    probe.write_text(
+        (run / "report.html").read_text().replace("</body>", "<script>document.title = "
+        "'wide=' + document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>")
+    )  # fmt: skip
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={profile}", "--hide-scrollbars", f"--window-size={width},3000",
+    ]  # fmt: skip
+    for action in ([f"--screenshot={shot}"], ["--dump-dom"]):
+        done = subprocess.run(
+            [CHROMIUM, *flags, *action, probe.as_uri()], capture_output=True, text=True, timeout=120
+        )
+    wide, inner = map(int, re.search(r"<title>wide=(\d+) of (\d+)", done.stdout).groups())
+    assert wide <= inner, f"the page is {wide} pixels wide in a window of {inner}"
+    pixels = np.asarray(Image.open(shot).convert("L"))
+    assert pixels.shape[1] == width and pixels[:1000].std() > 5
