@@ -4,41 +4,57 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from model import DCDiT, DiT, preset
+from model import DCDiT, DCDiTConfig, DiT, DiTConfig, preset
 from model.diffusion import make_process
 from model.errors import UserError
 from trainer.config import Config
 from trainer.data import Manifest, check_batch
 
 
-def build_model(config: Config, manifest: Manifest) -> DCDiT | DiT:
-    """The model of ``config`` sized for the data, initialised from ``run.seed`` alone: on the CPU, whole, so the
-    same seed gives the same weights under every engine and on every number of processes.
+def model_config(config: Config, manifest: Manifest) -> DCDiTConfig | DiTConfig:
+    """The model's own config: the preset, sized for the data, with ``model.overrides`` on top.
 
     Raises:
-        UserError: unknown preset or override, or sizes that do not go together.
+        UserError: unknown preset or override, sizes that do not go together, or that are not the data's.
     """
-    sizes: dict[str, Any] = {
+    from_data: dict[str, Any] = {
         "in_channels": manifest.channels,
         "input_size": (manifest.height, manifest.width),
         "num_classes": manifest.num_classes,
+    }
+    for key, value in config.model.overrides.items():
+        if key in from_data and value not in (from_data[key], list(np.atleast_1d(from_data[key]))):
+            raise UserError(
+                f"model.overrides.{key}: {value}, but the shards in data.path have {from_data[key]}; leave it out"
+            )
+    sizes = from_data | {
         "learn_sigma": config.diffusion.kind == "gaussian" and config.diffusion.learn_sigma,
         "attention_backend": config.attention.backend,
     }
-    baseline = config.model.preset.lower().startswith("dit-")
-    if not baseline:
+    if not _is_baseline(config):
         sizes |= {
             "router": config.model.router,
             "target_ratio": config.model.target_ratio,
             "dechunk_sigma": config.model.dechunk_sigma,
             "ops_backend": config.ops.backend,
         }
-    model_config = preset(config.model.preset, **(sizes | config.model.overrides))
+    return preset(config.model.preset, **(sizes | config.model.overrides))
+
+
+def build_model(config: Config, manifest: Manifest) -> DCDiT | DiT:
+    """The model of ``config``, initialised from ``run.seed`` alone: on the CPU, whole, so the same seed gives the
+    same weights under every engine and on every number of processes. Raises as ``model_config``."""
+    sizes = model_config(config, manifest)
     torch.manual_seed(config.run.seed)
-    return DiT(model_config) if baseline else DCDiT(model_config)
+    return DiT(sizes) if _is_baseline(config) else DCDiT(sizes)
+
+
+def _is_baseline(config: Config) -> bool:
+    return config.model.preset.lower().startswith("dit-")
 
 
 def micro_batch(config: Config, world_size: int) -> int:

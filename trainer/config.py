@@ -146,7 +146,7 @@ CHOICES = {
     "parallel.engine": ("fsdp", "ddp"),
     "parallel.activation_checkpointing": ("none", "block"),
     "ops.backend": ("auto", "native", "triton", "torch"),
-    "attention.backend": ("auto", "flash3", "flash2", "varlen", "sdpa"),
+    "attention.backend": ("auto", "flash3", "flash2", "torch_varlen", "sdpa"),
     "log.wandb": ("online", "offline", "disabled"),
 }
 POSITIVE = (

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import netrc
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from model.errors import UserError
 from trainer.config import Config, flatten
@@ -133,7 +136,7 @@ def _open_tensorboard(folder: Path, position: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("log.tensorboard: tensorboard is not installed; pip install tensorboard, or set it to false") from None  # noqa: E501
+        raise UserError("log.tensorboard: pip install tensorboard, or set it to false") from None
     return SummaryWriter(str(folder), purge_step=position + 1 if position else None)
 
 
@@ -145,12 +148,20 @@ def check_wandb(config: Config) -> None:
     """
     if config.log.wandb == "disabled":
         return
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("log.wandb: wandb is not installed; pip install wandb, or set log.wandb=disabled") from None
-    if config.log.wandb == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("log.wandb: wandb is not installed; pip install wandb, or set log.wandb=disabled")
+    if config.log.wandb == "online" and not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
         raise UserError("log.wandb: online needs a key; run `wandb login`, set WANDB_API_KEY, or use offline")
+
+
+def _netrc_has_wandb() -> bool:
+    """`wandb login` leaves its key in the netrc file."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return path.is_file() and netrc.netrc(path).authenticators(host) is not None
+    except (netrc.NetrcParseError, OSError):
+        return False
 
 
 def _open_wandb(run_dir: Path, config: Config) -> Any:

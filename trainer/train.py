@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # `python trainer/train.py` puts trainer/ first on the path; the packages are beside it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         config = load_config(arguments.config, arguments.overrides)
-        check(config)
+        check(config, arguments.device)
         return run(config, arguments.device)
     except UserError as error:
         if rank_and_size()[0] == 0:
@@ -46,14 +47,14 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_BAD_INPUT
 
 
-def check(config: Config) -> None:
+def check(config: Config, device: str = "auto") -> None:
     """All that can be wrong is looked at before processes meet or a device is touched.
 
     Raises:
         UserError: the first thing found.
     """
     from trainer import checkpoint
-    from trainer.build import build_process, check_resumable, micro_batch
+    from trainer.build import build_process, check_resumable, micro_batch, model_config
     from trainer.data import open_source
     from trainer.loop import find_checkpoint
     from trainer.metrics import check_wandb
@@ -63,7 +64,8 @@ def check(config: Config) -> None:
     check_wandb(config)
     build_process(config)
     for split in ("train", "heldout"):
-        open_source(config.data.path, split, cache=config.data.cache)
+        source = open_source(config.data.path, split, cache=config.data.cache)
+    _check_backends(config, model_config(config, source.manifest), device)
     folder = Path(config.run.dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir: {folder} is a file; choose another folder")
@@ -72,6 +74,19 @@ def check(config: Config) -> None:
         for change in check_resumable(checkpoint.read_state(found)["config"], flatten(config)):
             if rank_and_size()[0] == 0:
                 print(f"changed since the checkpoint: {change}", flush=True)
+
+
+def _check_backends(config: Config, sizes: Any, device: str) -> None:
+    import torch
+
+    from model import attention, ops
+
+    kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: cuda, but torch sees no GPU (see `dcdit doctor`)")
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    attention.choose(config.attention.backend, kind, dtype, sizes.hidden_size // sizes.num_heads)
+    ops.resolve(config.ops.backend, kind)
 
 
 def run(config: Config, device: str = "auto") -> int:
