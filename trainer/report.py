@@ -158,7 +158,8 @@ def _look_at_routing(source, batch: dict[str, Any] | None, effort: Effort, f: Fi
     shown = "false colours of the latents" if source.latent else "the noisy image"
     f.strip_words = (
         f"Held-out images at growing noise, left to right: {shown} that the model sees, the router's "
-        "probability that a token is worth keeping, and the tokens it keeps; the rest is filled in from them."
+        "probability that a token is worth keeping, and the tokens it keeps (those above 0.5); the rest is "
+        "filled in from them."
     )
     if not any(row.get("share_by_time") for row in f.evals):
         _measure_shares(source, batch, f)

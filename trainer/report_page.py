@@ -111,8 +111,8 @@ def _strips(f: Findings) -> str:
         return _section(title, "", _note(f.missing.get("strips")))
     low, high = (f"{p:.2g}" if p < 0.1 else f"{p:.3f}" for p in f.strip_range)
     legend = (
-        f'<div class="scale">boundary probability&nbsp; {low} <i style="background:{ramp_css()}"></i> {high}'
-        "&nbsp; (kept above 0.5)</div>"
+        f'<div class="scale"><span>boundary probability</span><span>{low}</span>'
+        f'<i style="background:{ramp_css()}"></i><span>{high}</span></div>'
     )
     strips = "".join(f'<div class="card"><h3>{escape(s.name)}</h3>{_strip(s)}</div>' for s in f.strips)
     return _section(title, f.strip_words, legend + f'<div class="strips">{strips}</div>')
@@ -143,18 +143,20 @@ def _shares(f: Findings) -> str:
         chart = line_chart(
             [Series("", points, 0, "dots")], x_label="noise level: clean to pure noise", y_label="share kept",
             x_range=(0.0, 1.0), y_range=(0.0, min(1.0, top)), y_percent=True, marks=marks,
-            height=min(max(270, 60 + 17 * len(f.share_by_class)), 440),  # as tall as the bars beside it
+            height=min(max(270, 60 + 21 * len(f.share_by_class)), 480),  # as tall as the bars beside it
         )  # fmt: skip
-        words = "Share of tokens kept at each noise level: much noise hides the detail worth a token."
+        words = "Mean share of tokens kept at each noise level, over all held-out images."
         cards.append(_card("By noise level", words, chart))
     if f.share_by_class:
         order = sorted(range(len(f.share_by_class)), key=lambda k: -f.share_by_class[k])
         shown = order if len(order) <= 24 else order[:12] + order[-12:]
         names = f.class_names or [str(k) for k in range(len(f.share_by_class))]
         rows = [(names[k], f.share_by_class[k], f"{f.share_by_class[k]:.1%}") for k in shown]
-        words = "Mean share of tokens kept over all noise levels, the busiest class first."
+        words = "Mean share of tokens kept over all noise levels, the class that keeps most first."
         if len(shown) < len(order):
-            words = "Mean share of tokens kept over all noise levels: the 12 busiest and 12 calmest classes."
+            words = (
+                "Mean share of tokens kept over all noise levels: the 12 highest classes and the 12 lowest."
+            )
         cards.append(_card("By class", words, bars(rows)))
     return _section(title, f.share_words, f'<div class="cards">{"".join(cards)}</div>')
 

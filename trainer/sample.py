@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import time
 from collections.abc import Sequence
 
@@ -132,7 +133,8 @@ def write(
 
     names = source.class_names
     title = LATENT_NOTE if kind == LATENT_NOTE else ""
-    columns = per_class if per_class > 1 else None
+    # Pictures of one class stay side by side, in rows of whole classes.
+    columns = per_class * max(1, math.isqrt(len(shots)) // per_class) if per_class > 1 else None
     sheet = pictures.grid(shots, [names[label] for label in labels], columns=columns, title=title)
     pictures.save_png(sheet, target)
     record = {
