@@ -144,8 +144,9 @@ def preset(name: str, **overrides) -> DCDiTConfig | DiTConfig:
     """
     full = f"DC-DiT-{name}" if name in SIZES else name
     if full not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        upper = {known.upper(): known for known in PRESETS}
+        near = difflib.get_close_matches(str(name).upper(), upper, n=1, cutoff=0.4)
+        hint = f"did you mean {upper[near[0]]!r}? " if near else ""
         raise UserError(f"preset {name!r} does not exist; {hint}Presets: {', '.join(PRESETS)}")
     family, _, tail = full.rpartition("DiT-")
     size, _, patch = tail.partition("/")

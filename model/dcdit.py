@@ -147,4 +147,5 @@ def unpatchify(x_BLC: Tensor, grid: Grid, patch: int = 1) -> Tensor:
     B, _, width = x_BLC.shape
     H, W = grid
     x = x_BLC.reshape(B, H, W, patch, patch, width // patch**2)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H * patch, W * patch)
+    # A copy, never a view: FSDP hangs its hooks on the tensor that is returned.
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H * patch, W * patch).contiguous()
