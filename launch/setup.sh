@@ -53,4 +53,4 @@ pip -c "$pins" brotli python-snappy zstd catalogue xxhash
 
 say "dcdit, with its extension"
 pip --no-build-isolation --no-deps -e .
-"$PY" -m trainer.doctor --brief
+"$PY" -m trainer.doctor

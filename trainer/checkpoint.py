@@ -82,7 +82,9 @@ def load(
     return read_state(checkpoint)
 
 
-def export(folder: Path, model: nn.Module, weights: dict[str, torch.Tensor], run_info: dict[str, Any]) -> None:
+def export(
+    folder: Path, model: nn.Module, weights: dict[str, torch.Tensor], run_info: dict[str, Any]
+) -> None:
     """``weights`` with ``model``'s config as safetensors + config.json, and ``run_info`` as run.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps(run_info, indent=1))
@@ -113,7 +115,9 @@ def verify(checkpoint: Path) -> None:
     if not checkpoint.is_dir():
         raise UserError(f"checkpoint {checkpoint}: no such folder")
     if not mark.is_file():
-        raise UserError(f"checkpoint {checkpoint}: has no {COMPLETE} file, so it was never finished; use another")
+        raise UserError(
+            f"checkpoint {checkpoint}: has no {COMPLETE} file, so it was never finished; use another"
+        )
     try:
         sizes = json.loads(mark.read_text())
     except json.JSONDecodeError:

@@ -297,7 +297,9 @@ def _reject_unknown(extra: DictConfig, where: str) -> None:
         if section not in sections:
             raise UserError(f"{where}: unknown key {section!r}{_nearest(str(section), sections + keys)}")
         if not isinstance(values, DictConfig):
-            raise UserError(f"{where}: {section}: is a section; set one of its keys, as in {section}.KEY=VALUE")
+            raise UserError(
+                f"{where}: {section}: is a section; set one of its keys, as in {section}.KEY=VALUE"
+            )
         for name in values:
             if f"{section}.{name}" not in keys:
                 raise UserError(

@@ -68,8 +68,14 @@ def _demo(config: Config, overrides: list[str], run_dir: Path, quick: bool) -> i
     _call(train)
 
     picture, steps = run_dir / "samples" / "classes.png", "8" if quick else "50"
-    _step(4, "samples of every class", f"dcdit sample --checkpoint {config.run.dir} --classes all --steps {steps}")
-    _dcdit("sample", "--checkpoint", config.run.dir, "--classes", "all", "--steps", steps, "--to", str(picture))
+    _step(
+        4,
+        "samples of every class",
+        f"dcdit sample --checkpoint {config.run.dir} --classes all --steps {steps}",
+    )
+    _dcdit(
+        "sample", "--checkpoint", config.run.dir, "--classes", "all", "--steps", steps, "--to", str(picture)
+    )
     _step(5, "the report", f"dcdit report {config.run.dir}")
     _dcdit("report", config.run.dir, "--steps", steps, *(["--quick"] if quick else []))
     _close(config, run_dir, time.monotonic() - begin)
@@ -95,7 +101,9 @@ def _environment() -> dict[str, str]:
 def _call(command: list[str]) -> None:
     code = subprocess.run(command, cwd=ROOT, env=_environment()).returncode
     if code != 0:
-        raise UserError(f"demo: `{' '.join(_readable(command))}` ended with status {code}; see its message above")
+        raise UserError(
+            f"demo: `{' '.join(_readable(command))}` ended with status {code}; see its message above"
+        )
 
 
 def _dcdit(*words: str) -> None:
@@ -146,7 +154,9 @@ def descendants(pid: int) -> list[int]:
 
 def _delete_run(run_dir: Path) -> None:
     if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"run.dir: {run_dir} is not a run of ours (no config.yaml in it), so it is not deleted")
+        raise UserError(
+            f"run.dir: {run_dir} is not a run of ours (no config.yaml in it), so it is not deleted"
+        )
     shutil.rmtree(run_dir)
 
 

@@ -17,7 +17,14 @@ import torch
 
 from model import ratio_loss
 from trainer import checkpoint, randomness
-from trainer.build import build_model, build_optimizer, build_process, learning_rate, micro_batch, process_kwargs
+from trainer.build import (
+    build_model,
+    build_optimizer,
+    build_process,
+    learning_rate,
+    micro_batch,
+    process_kwargs,
+)
 from trainer.config import Config, flatten
 from trainer.data import MDSSource, heldout_batches, train_loader
 from trainer.ema import ema_copy, ema_update
@@ -132,10 +139,17 @@ class Trainer:
         parts = {"loss_diffusion": diffusion, "loss_mse": terms.mse.mean(), "loss_vlb": terms.vlb.mean()}
         if routing is not None:
             ratio = ratio_loss(
-                routing.boundary_prob, routing.natural, self.config.model.target_ratio, self.config.train.ratio_group
+                routing.boundary_prob,
+                routing.natural,
+                self.config.model.target_ratio,
+                self.config.train.ratio_group,
             )
             loss = loss + self.config.train.ratio_weight * ratio
-            parts |= {"loss_ratio": ratio, "natural": routing.natural.sum(), "retained": routing.retained.sum()}
+            parts |= {
+                "loss_ratio": ratio,
+                "natural": routing.natural.sum(),
+                "retained": routing.retained.sum(),
+            }
         (loss * scale).backward()
         return {"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}}
 
@@ -237,7 +251,11 @@ class Trainer:
         return self.position // every > (self.position - self.config.train.global_batch_size) // every
 
     def _announce(self) -> None:
-        kept = "" if self.start_share is None else f", router bias calibrated (kept {self.start_share:.2%} before)"
+        kept = (
+            ""
+            if self.start_share is None
+            else f", router bias calibrated (kept {self.start_share:.2%} before)"
+        )
         start = f"resumed from {self.resume}" if self.resume else f"new run{kept}"
         self._say(
             f"{self.config.model.preset}: {self.parameters / 1e6:.2f} M parameters, "

@@ -17,7 +17,15 @@ from trainer.config import Config
 from trainer.parallel import World
 
 # Dense bf16 peaks of the vendors' data sheets, TFLOP/s, for MFU; a device not listed shows none.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "B200": 2250, "MI250": 191, "MI300X": 1307, "MI355": 2500}
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "B200": 2250,
+    "MI250": 191,
+    "MI300X": 1307,
+    "MI355": 2500,
+}
 KEYS = ("loss", "loss_diffusion", "loss_ratio", "loss_mse", "loss_vlb", "natural", "retained")
 
 
@@ -57,7 +65,9 @@ class StepStats:
     def end(self, norm: torch.Tensor, lr: float, tail_drop: float) -> None:
         zero = torch.zeros((), device=self.world.device)
         columns = [torch.stack([p.get(k, zero).float() for p in self._parts]) for k in KEYS]
-        summed = [c.sum() if k in ("natural", "retained") else c.mean() for k, c in zip(KEYS, columns, strict=True)]
+        summed = [
+            c.sum() if k in ("natural", "retained") else c.mean() for k, c in zip(KEYS, columns, strict=True)
+        ]
         self.steps.append(torch.stack(summed))
         self._parts = []
         self.norm, self.lr, self.rho = norm.detach(), lr, tail_drop

@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # `python trainer/train.py` puts trainer/ first on the path; the packages are beside it
+if (
+    __name__ == "__main__"
+):  # `python trainer/train.py` puts trainer/ first on the path; the packages are beside it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from model.errors import UserError
@@ -26,8 +28,12 @@ def parser() -> argparse.ArgumentParser:
         prog="dcdit train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit status: 0 complete, 2 bad input, 75 stopped by a signal after saving (run again to go on)",
     )  # fmt: skip
-    text.add_argument("--config", metavar="FILE", required=True, help="YAML file; configs/recipe/ has those people run")
-    text.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    text.add_argument(
+        "--config", metavar="FILE", required=True, help="YAML file; configs/recipe/ has those people run"
+    )
+    text.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
     text.add_argument("overrides", metavar="key=value", nargs="*", help="any key of configs/base.yaml")
     return text
 
@@ -100,11 +106,16 @@ def run(config: Config, device: str = "auto") -> int:
         if world.main:
             Path(config.run.dir).mkdir(parents=True, exist_ok=True)
             save_config(config, Path(config.run.dir) / "config.yaml")
-        sources = [open_source(config.data.path, split, cache=config.data.cache) for split in ("train", "heldout")]
+        sources = [
+            open_source(config.data.path, split, cache=config.data.cache) for split in ("train", "heldout")
+        ]
         trainer = Trainer(config, world, *sources)
         complete = trainer.run()
         if world.main:
-            print(f"{'complete' if complete else 'stopped'} at {trainer.position} images: {config.run.dir}", flush=True)
+            print(
+                f"{'complete' if complete else 'stopped'} at {trainer.position} images: {config.run.dir}",
+                flush=True,
+            )
         del trainer
     finally:
         close_world()

@@ -38,7 +38,12 @@ def test_equal_losses(runs, reference, layout):
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp")), ((2, "fsdp"), (4, "fsdp")), ((4, "fsdp"), (2, "ddp"))],
+    [
+        ((2, "fsdp"), (1, "ddp")),
+        ((1, "ddp"), (2, "fsdp")),
+        ((2, "fsdp"), (4, "fsdp")),
+        ((4, "fsdp"), (2, "ddp")),
+    ],
 )
 def test_a_checkpoint_goes_on_with_other_processes_and_engines(runs, reference, first, second):
     name = f"{first[0]}{first[1]}-{second[0]}{second[1]}"

@@ -104,7 +104,9 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(runs):
     files = sorted(checkpoints.rglob("*"))
     output = runs.run("damaged", 1, status=2)
     message = output.strip().splitlines()[-1]
-    assert message.startswith("error: checkpoint") and shard.name in message and "has 1000 bytes of" in message
+    assert (
+        message.startswith("error: checkpoint") and shard.name in message and "has 1000 bytes of" in message
+    )
     assert "000000000024" in message, "the one before is offered"
     assert sorted(checkpoints.rglob("*")) == files
     (checkpoints / "000000000048").rename(checkpoints / "moved-away")

@@ -20,7 +20,9 @@ def wrap(model: nn.Module, world: World, config: ParallelConfig, bf16: bool) -> 
     if not any(p.requires_grad for p in model.parameters()):
         return model  # the EMA copy: nothing to reduce
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(
+        model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
 
 def accumulate(wrapped: nn.Module, last: bool) -> AbstractContextManager:
