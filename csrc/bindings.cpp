@@ -238,6 +238,7 @@ std::tuple<Tensor, Tensor> dechunk(const Tensor& h, const Tensor& prob, const Te
   const Tensor residual_ = residual.contiguous();
   Tensor out = fresh({d.p.B, H * W, d.p.D}, h.options().dtype(at::kFloat));
   Tensor smooth = fresh({keep ? d.p.T : 0, d.p.D}, out.options());
+  if (keep && d.p.cu_seqlens[d.p.B] < d.p.T) smooth.zero_();  // rows of padding are never written
   d.p.residual = residual_.const_data_ptr();
   d.p.residual_type = type_of("dechunk", "residual", residual_);
   d.p.out = out.mutable_data_ptr<float>();

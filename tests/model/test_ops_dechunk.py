@@ -198,3 +198,34 @@ def test_errors_name_the_argument(backend):
         dechunk(**good, grid=(3, 5), sigma=1.0, backend=backend)
     with pytest.raises(ValueError, match="sigma"):
         dechunk(**good, grid=(4, 4), sigma=0.0, backend=backend)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_padding_rows_of_a_fixed_capacity_change_nothing(backend):
+    p, s, index, h, residual, weight = case(2, 8, 8, 20, 0.3)
+    results = []
+    for padding in (0, 5):
+        rows = torch.cat([index, index.new_full((padding,), -1)])
+        leaves = [torch.cat([h, torch.full((padding, 20), 7.0)]), p.clone(), residual.clone()]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        maps = (s.natural, rows, s.slot, s.cu_seqlens)
+        out = dechunk(leaves[0], leaves[1], *maps, leaves[2], (8, 8), 1.0, backend=backend)
+        dh, dp, dres = torch.autograd.grad((out * weight).sum(), leaves)
+        assert bool((dh[len(index) :] == 0).all())
+        results.append((out, dh[: len(index)], dp, dres))
+    for plain, padded in zip(*results, strict=True):
+        assert torch.equal(plain, padded)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_no_gradient_asked_none_computed(backend):
+    p, s, index, h, residual, _ = case(1, 6, 6, 8, 0.3)
+    args = (s.natural, index, s.slot, s.cu_seqlens, residual, (6, 6), 1.0)
+    with torch.no_grad():
+        assert not dechunk(h.requires_grad_(), p, *args, backend=backend).requires_grad
+    out = dechunk(h.detach(), p, *args, backend=backend)
+    assert not out.requires_grad
+    out = dechunk(h.detach(), p.requires_grad_(), *args, backend=backend)
+    (dp,) = torch.autograd.grad(out.sum(), p)
+    assert dp.shape == p.shape

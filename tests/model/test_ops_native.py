@@ -1,10 +1,16 @@
 """The registered native ops as PyTorch sees them: schemas, fakes, gradients, torch.compile, unsafe input."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from model.ops import available, gather_tokens, nearest, select
+from model.ops import available, dechunk, gather_tokens, nearest, select
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not available()["native"], reason="the native ops are not built")
 
 
@@ -31,6 +37,13 @@ def test_opcheck():
     torch.library.opcheck(ops.gather_tokens, (x.detach(), None, index, s.slot))
     torch.library.opcheck(ops.gather_tokens_backward, (torch.randn(len(index), 8), s.slot, 2, 24))
     torch.library.opcheck(ops.nearest, (s.slot, 2, 4, 6))
+    h, residual = torch.randn(len(index), 8, requires_grad=True), torch.randn(2, 24, 8, requires_grad=True)
+    maps = (s.natural, index, s.cu_seqlens)
+    torch.library.opcheck(ops.dechunk, (h, p.clone().requires_grad_(), *maps, residual, 4, 6, 1.0, True))
+    smooth = ops.dechunk(h.detach(), p, *maps, residual.detach(), 4, 6, 1.0, True)[1]
+    torch.library.opcheck(
+        ops.dechunk_backward, (torch.randn(2, 24, 8), h.detach(), p, *maps, smooth, 4, 6, 1.0)
+    )
 
 
 def test_compiles_as_one_graph():
@@ -38,14 +51,23 @@ def test_compiles_as_one_graph():
 
     def path(p, rho, x, pos, index):
         s = select(p, rho)
-        return gather_tokens(x, pos, index, s.slot), nearest(s.slot, 2, 4, 6)
+        h = gather_tokens(x, pos, index, s.slot)
+        out = dechunk(h, p, s.natural, index, s.slot, s.cu_seqlens, x, (4, 6), 1.0)
+        return out, nearest(s.slot, 2, 4, 6)
 
     compiled = torch.compile(path, fullgraph=True, dynamic=True, backend="aot_eager")
-    for keep in (len(index), len(index) - 3):
-        x.requires_grad_()
-        got, near = compiled(p, rho, x, pos, index[:keep])
-        want, near_want = path(p, rho, x, pos, index[:keep])
+    for padding in (0, 3):
+        rows = torch.cat([index, index.new_full((padding,), -1)])
+        x.requires_grad_(), p.requires_grad_()
+        got, near = compiled(p, rho, x, pos, rows)
+        want, near_want = path(p, rho, x, pos, rows)
         assert torch.equal(got, want) and torch.equal(near, near_want)
+        for ours, plain in zip(
+            torch.autograd.grad(got.square().sum(), (x, p)),
+            torch.autograd.grad(want.square().sum(), (x, p)),
+            strict=True,
+        ):
+            assert torch.equal(ours, plain)
 
 
 def test_maps_that_point_outside_are_refused():
@@ -90,7 +112,7 @@ def test_strided_input_is_read_right():
 def test_thread_count_changes_nothing():
     p = torch.rand(6, 32 * 32, generator=torch.Generator().manual_seed(3))
     rho = torch.linspace(0, 0.9, 6)
-    x = torch.randn(6, 32 * 32, 64)
+    x = torch.randn(6, 32 * 32, 160)
     results = []
     before = torch.get_num_threads()
     try:
@@ -99,8 +121,88 @@ def test_thread_count_changes_nothing():
             s = select(p, rho, backend="native")
             index = s.index[: int(s.cu_seqlens[-1])]
             rows = gather_tokens(x, None, index, s.slot, backend="native")
-            results.append([*s, rows, nearest(s.slot, 6, 32, 32, backend="native")])
+            leaves = [t.detach().requires_grad_() for t in (rows, p, x)]
+            maps = (s.natural, index, s.slot, s.cu_seqlens)
+            out = dechunk(leaves[0], leaves[1], *maps, leaves[2], (32, 32), 1.0, backend="native")
+            grads = torch.autograd.grad(out, leaves, x)
+            results.append([*s, rows, nearest(s.slot, 6, 32, 32, backend="native"), out, *grads])
     finally:
         torch.set_num_threads(before)
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
+
+
+def test_dechunk_refuses_maps_that_would_touch_foreign_memory():
+    p, rho, x, pos, s, index = inputs()
+    h = torch.randn(len(index), 8)
+
+    def run(index=index, cu_seqlens=s.cu_seqlens, grid=(4, 6)):
+        return torch.ops.dcdit.dechunk(h, p, s.natural, index, cu_seqlens, x, *grid, 1.0, False)
+
+    swapped = index.clone()
+    swapped[[2, 3]] = swapped[[3, 2]]
+    foreign = index.clone()
+    foreign[int(s.cu_seqlens[1]) - 1] = 30  # a place of the other image
+    backwards = torch.tensor([0, 100, len(index)], dtype=torch.int32)
+    empty = torch.tensor([0, 0, len(index)], dtype=torch.int32)
+    for name, wrong in [
+        ("index", dict(index=swapped)),
+        ("index", dict(index=foreign)),
+        ("index", dict(index=torch.full_like(index, 2**30))),
+        ("cu_seqlens", dict(cu_seqlens=backwards)),
+        ("cu_seqlens gives image 0 no tokens", dict(cu_seqlens=empty)),
+        ("cu_seqlens", dict(cu_seqlens=s.cu_seqlens + 1)),
+        ("grid", dict(grid=(4, 5))),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            run(**wrong)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 2.0])
+def test_truncation_stays_below_its_tolerance_at_the_worst_input(sigma):
+    """Every token beyond the window pulls the other way, and the middle one is as unsure as can be."""
+    n = 31
+    middle = n * n // 2
+    y, x = torch.arange(n * n) // n - n // 2, torch.arange(n * n) % n - n // 2
+    p = torch.full((1, n * n), 1.0)
+    p[0, middle] = 0.5001
+    s = select(p, torch.zeros(1))
+    kernel = torch.exp(-(x**2 + y**2).double() / (2 * sigma**2)) * p[0].double().clamp(max=1 - 1e-4)
+    maps = (s.natural, s.index, s.slot, s.cu_seqlens)
+    for radius in range(3, 14):
+        h = torch.where(torch.maximum(x.abs(), y.abs()) <= radius, 1.0, -1.0)[:, None]
+        out = dechunk(h, p, *maps, torch.zeros(1, n * n, 1), (n, n), sigma, backend="native")
+        smooth = (kernel @ h.double()) / (kernel.sum() + 1e-8)
+        want = p[0, middle].double() + (1 - p[0, middle].double()) * smooth
+        assert abs(out[0, middle].double() - want) < 1e-6
+
+
+ISA = """
+import torch
+from model.ops import dechunk, gather_tokens, select
+g = torch.Generator().manual_seed(0)
+p, x = torch.rand(2, 20 * 12, generator=g), torch.randn(2, 20 * 12, 150, generator=g)
+s = select(p, torch.full((2,), 0.2))
+index = s.index[: int(s.cu_seqlens[-1])]
+results = list(s)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    leaves = [x.to(dtype).requires_grad_(), p.clone().requires_grad_()]
+    h = gather_tokens(leaves[0], None, index, s.slot)
+    out = dechunk(h, leaves[1], s.natural, index, s.slot, s.cu_seqlens, leaves[0], (20, 12), 1.0)
+    results += [h.detach(), out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+torch.save(results, "{file}")
+"""
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2"])
+def test_every_instruction_set_gives_the_same(isa, tmp_path):
+    exec(ISA.replace("{file}", str(tmp_path / "best.pt")), {})
+    env = {**os.environ, "DCDIT_ISA": isa, "PYTHONPATH": str(ROOT)}
+    code = ISA.replace("{file}", str(tmp_path / "asked.pt"))
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+    for ours, best in zip(*(torch.load(tmp_path / f"{n}.pt") for n in ("asked", "best")), strict=True):
+        if ours.is_floating_point():
+            tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[ours.dtype]
+            torch.testing.assert_close(ours, best, rtol=tolerance, atol=tolerance * float(best.abs().max()))
+        else:
+            assert torch.equal(ours, best)
