@@ -97,7 +97,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["model", "model.*", "trainer", "trainer.*"]),
     package_data={"model.ops": ["_build.json"], "trainer": ["**/*.html", "**/*.css", "**/*.js", "**/*.yaml"]},
-    install_requires=["torch>=2.6", "numpy", "einops", "omegaconf", "safetensors", "tqdm", "rich"],
+    install_requires=["torch>=2.6", "numpy", "einops", "omegaconf", "safetensors", "tqdm", "rich", "pillow"],
     extras_require={
         "deepspeed": ["deepspeed", "huggingface_hub"],
         "wandb": ["wandb"],
