@@ -215,7 +215,7 @@ def _dcdit_config(path, state: dict[str, Tensor], heads: int, sigma: float) -> D
         "learn_sigma": _learn_sigma(path, _shape(path, state, "final_layer.linear.weight", 2)[0], C),
         "mlp_ratio": _shape(path, state, f"{_MAIN}.layers.0.mlp.fc1.weight", 2)[0] / D,
         "router": "cosine" if "hnet.routing_module.q_proj_layer.weight" in state else "spatial",
-        "dechunk_sigma": float(sigma),
+        "dechunk_sigma": float(sigma) if isinstance(sigma, (int, float)) else sigma,
         "allow_narrow_encoder": E == 32,
     }
     if E == 32:

@@ -103,6 +103,14 @@ def test_linear_is_torchs_linear(bias, shape):
         assert got.is_contiguous()
 
 
+def test_linear_takes_gradients_without_strides():
+    x, layer = torch.randn(300, 24, requires_grad=True), Linear(24, 40)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(300, 24))
+    torch.testing.assert_close(layer.weight.grad, x.detach().sum(0).expand(40, 24))
+    assert torch.equal(layer.bias.grad, torch.full((40,), 300.0))
+
+
 def test_linear_keeps_to_autocast_and_flop_counts():
     layer = Linear(16, 32)
     x = torch.randn(512, 16)
