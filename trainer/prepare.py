@@ -13,7 +13,7 @@ if __name__ == "__main__":  # `python trainer/prepare.py` puts trainer/ first on
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from model.errors import UserError
-from trainer.data.mds import open_source
+from trainer.data.open import open_source
 from trainer.data.photos import CROP_PIXELS, PHOTOS, write_photos
 
 

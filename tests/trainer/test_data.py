@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 import trainer.data.mds as mds
+import trainer.data.open as opening
+import trainer.data.source as sources
 from model.errors import UserError
 from trainer.data import Manifest, open_source
 
@@ -69,10 +71,10 @@ def test_every_sample_is_read_back(tmp_path, compression):
 
 
 def test_open_files_are_bounded_and_shards_checked_once(data, monkeypatch):
-    original = mds._hash
-    monkeypatch.setattr(mds, "OPEN_FILES", 2)
+    original = mds.file_hash
+    monkeypatch.setattr(sources, "OPEN_FILES", 2)
     hashed = []
-    monkeypatch.setattr(mds, "_hash", lambda *args: hashed.append(args) or original(*args))
+    monkeypatch.setattr(mds, "file_hash", lambda *args: hashed.append(args) or original(*args))
     source = open_source(data)
     before = len(os.listdir("/proc/self/fd"))
     for i in [*range(40), *range(40)]:
@@ -109,8 +111,8 @@ def test_cache_does_not_mix_a_data_set_with_its_successor(data, tmp_path):
 
 
 def test_unwritable_folder_unpacks_in_the_temporary_folder(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(mds.os, "access", lambda *_: False)
-    monkeypatch.setattr(mds, "_cache_root", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(opening, "cache_root", lambda: str(tmp_path / "tmp"))
     assert open_source(data)[11]["label"] == 2
     assert not list(data.rglob("*.mds")) and list((tmp_path / "tmp").rglob("*.mds"))
 
@@ -281,7 +283,7 @@ def test_remote_data_is_fetched_once_and_mended(data, tmp_path, monkeypatch):
     next((tmp_path / "cache").rglob("shard.00000.mds")).write_bytes(b"cut short")
     assert open_source("cloud://bucket", cache=tmp_path / "cache")[0]["label"] == 0
     assert fetched.count(names[0]) == 2
-    monkeypatch.setattr(mds, "_cache_root", lambda: str(tmp_path / "fresh"))
+    monkeypatch.setattr(opening, "cache_root", lambda: str(tmp_path / "fresh"))
     shards(data)[1].unlink()
     fails("shard train/shard.00001.mds", "cloud://bucket")
     fails("cloud://bucket/nowhere/manifest.json: cannot be fetched", "cloud://bucket/nowhere")

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from model.errors import UserError
 from trainer import randomness
-from trainer.data.mds import MDSSource
+from trainer.data.source import Source
 
 Batch = dict[str, torch.Tensor]
 STOP_GRACE = 300  # seconds a worker goes on after SIGTERM
@@ -61,7 +61,7 @@ def check_batch(global_batch_size: int, micro_batch_size: int | None, world_size
 
 
 def _model_space(
-    source: MDSSource, columns: dict[str, np.ndarray], flips: np.ndarray, seed: int, positions, stream: str
+    source: Source, columns: dict[str, np.ndarray], flips: np.ndarray, seed: int, positions, stream: str
 ) -> np.ndarray:
     """Raw columns of n samples -> (n, C, H, W) float32 as the model sees them.
 
@@ -84,7 +84,7 @@ def _model_space(
     return images
 
 
-def _labels(source: MDSSource, columns: dict[str, np.ndarray], null_class: int) -> np.ndarray:
+def _labels(source: Source, columns: dict[str, np.ndarray], null_class: int) -> np.ndarray:
     labels = columns["label"].astype(np.int64)
     if labels.min() < 0 or labels.max() >= null_class:
         bad = labels[(labels < 0) | (labels >= null_class)][0]
@@ -95,7 +95,7 @@ def _labels(source: MDSSource, columns: dict[str, np.ndarray], null_class: int) 
     return labels
 
 
-def _null_class(source: MDSSource, null_class: int | None) -> int:
+def _null_class(source: Source, null_class: int | None) -> int:
     """The label of dropped labels; UserError if the data does not fit a model that has this one."""
     if not len(source):
         raise UserError(f"data {source.location}: split {source.split!r} is empty: prepare it again")
@@ -133,7 +133,7 @@ class _Failure:
 class _MicroBatches(Dataset):
     """Micro-batch k of this rank, counted from start_position. No state but a cache of sample orders."""
 
-    def __init__(self, source: MDSSource, plan: _Plan):
+    def __init__(self, source: Source, plan: _Plan):
         self.source, self.plan = source, plan
         self._orders: dict[int, np.ndarray] = {}
         flippable = source.manifest.flip
@@ -230,7 +230,7 @@ class _Loader(DataLoader):
 
 
 def train_loader(
-    source: MDSSource,
+    source: Source,
     *,
     seed: int,
     global_batch_size: int,
@@ -292,7 +292,7 @@ def train_loader(
 
 
 def heldout_batches(
-    source: MDSSource,
+    source: Source,
     *,
     seed: int,
     count: int,

@@ -1,15 +1,16 @@
 """manifest.json: what a prepared data set holds, in words a trainer and a person can read.
 
     DATA/manifest.json
-    DATA/train/index.json, shard.00000.mds.zstd, ...     one MDS folder per split
+    DATA/train/index.json, shard.00000.mds.zstd, ...     one folder of shards per split (.tar for webdataset)
     DATA/heldout/index.json, ...
 
-The MDS index knows columns and bytes; the manifest knows what they mean: pixels or latents, the shape, the
+The index knows shards and bytes; the manifest knows what they mean: pixels or latents, the shape, the
 classes, the scale.
 """
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from model.errors import UserError
 NAME = "manifest.json"
 VERSION = 1
 PREPARE = "make it with `dcdit prepare`"
+FORMATS = ("mds", "webdataset")
+
+
+def checksum(path: str | Path) -> str:
+    """What stands in `Manifest.checksums` for the index file of a split: "sha256:..."."""
+    return f"sha256:{sha256(Path(path).read_bytes()).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,8 @@ class Manifest:
     channels, height, width: what the model sees.
     splits: name -> number of samples. scale: latents are multiplied by it.
     flip: the classes whose images may be mirrored; None means all of them.
+    format: of the shards, "mds" or "webdataset". checksums: split -> `checksum` of its index.json, which holds
+    those of the shards; splits may be missing. vae: name or folder of the VAE that made latents.
     source: where it came from, one line. recipe: the arguments that made it, so that the same command finds
     its work done.
     """
@@ -42,6 +51,9 @@ class Manifest:
     flip: tuple[int, ...] | None = None
     source: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
+    format: str = "mds"
+    checksums: dict[str, str] = field(default_factory=dict)
+    vae: str = ""
     version: int = VERSION
 
     @property
@@ -86,6 +98,8 @@ class Manifest:
     def _check(self, where: str) -> None:
         if self.kind not in ("pixels", "latents"):
             raise UserError(f"{where}: kind is {self.kind!r}, not 'pixels' or 'latents': {PREPARE}")
+        if self.format not in FORMATS:
+            raise UserError(f"{where}: format is {self.format!r}, not one of {', '.join(FORMATS)}: {PREPARE}")
         for name in ("channels", "height", "width"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -119,5 +133,7 @@ class Manifest:
             raise UserError(f"data {folder}: no {NAME} in it: {PREPARE}, or give the folder above") from None
 
     def write(self, folder: str | Path) -> None:
-        """Write folder/manifest.json."""
-        (Path(folder) / NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write folder/manifest.json, all of it or nothing."""
+        beside = Path(folder) / f".{NAME}.part"
+        beside.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        beside.replace(Path(folder) / NAME)

@@ -19,7 +19,8 @@ import numpy as np
 from model.errors import UserError
 from trainer import randomness
 from trainer.data.manifest import Manifest
-from trainer.data.mds import import_streaming, open_source
+from trainer.data.mds import import_streaming
+from trainer.data.open import open_source
 
 TRAIN_SHARE, HELDOUT_SHARE = 0.78, 0.20  # of the width, from the left and from the right
 CROP_PIXELS = (48, 160)

@@ -1,0 +1,253 @@
+"""A split of a prepared data set, addressed by sample number: what is common to the shard formats.
+
+A format adds how a shard is fetched and checked (`_raw`, `_fetch`, `_hash_damage`, `_renewable`) and where in
+it a sample lies (`_layout`, `_decode`). Here is the rest: which shard holds sample i, which files are open,
+one lock per shard so that the workers and ranks of a node fetch it once, the cache's limit, and the errors.
+"""
+
+import contextlib
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.errors import UserError
+from trainer.data.cache import Limit, locked
+from trainer.data.manifest import Manifest
+
+OPEN_FILES = 256  # shard files a process keeps open for each source
+TRIES = 3  # openings of a shard that others remove meanwhile
+
+
+class Unreadable(UserError):
+    """A sample that cannot be read because its bytes are wrong, and will be wrong the next time too.
+
+    Training may replace it by another, up to data.max_errors; a network that is down is not one of these.
+    """
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a split is, where its shards are unpacked, and how it was asked for."""
+
+    location: str  # folder or URL of the data set
+    split: str
+    local: str  # folder that holds the split's folder of unpacked shards; `location` itself if in place
+    cache: str | None = None
+    limit: int | None = None
+    remote: bool = False
+
+    @property
+    def in_place(self) -> bool:
+        return self.local == self.location
+
+
+def file_hash(algorithm: str, path: str) -> str:
+    """Hex digest of a file, by xxhash or hashlib."""
+    if algorithm.startswith("xxh"):
+        import xxhash
+
+        digest = getattr(xxhash, algorithm)()
+    else:
+        digest = hashlib.new(algorithm)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Source(ABC):
+    """One split of a prepared data set. Make it with `open_source`.
+
+    len(source), source[i] -> dict of numpy values by column; `manifest`, `split`, `shard_sizes`, `location`.
+    Safe to fork and to pickle: open files are left behind, shards are found again.
+    """
+
+    format = ""
+    endings: tuple[str, ...] = ()  # of unpacked shard files, which may be removed from a cache
+
+    def __init__(self, place: Place, manifest: Manifest, shard_sizes: Sequence[int]):
+        self.place, self.manifest = place, manifest
+        self.location, self.split = place.location, place.split
+        self.shard_sizes = list(shard_sizes)
+        self._ends = np.cumsum(self.shard_sizes, dtype=np.int64)
+        self._files: OrderedDict[int, tuple[int, Any]] = OrderedDict()
+        self._whole: set[int] = set()  # shards found whole by this process: reading the hash takes a while
+        self._damaged: dict[int, str] = {}
+        self._limit = Limit(place.local, place.limit, self.endings) if place.limit else None
+
+    # What a format adds
+
+    @abstractmethod
+    def _raw(self, number: int) -> tuple[str, int]:
+        """(file name, bytes) of an unpacked shard."""
+
+    @abstractmethod
+    def _fetch(self, number: int) -> None:
+        """Make the unpacked file. Raises Unreadable for wrong bytes, anything for what may pass."""
+
+    @abstractmethod
+    def _hash_damage(self, number: int, path: str) -> str:
+        """What is wrong with the bytes of an unpacked shard of the right size, or ''."""
+
+    @abstractmethod
+    def _renewable(self, number: int) -> bool:
+        """Whether a damaged unpacked file can be had again."""
+
+    @abstractmethod
+    def _layout(self, number: int, file: int) -> Any:
+        """Where the samples of an open shard lie."""
+
+    @abstractmethod
+    def _decode(self, number: int, place: int, file: int, layout: Any) -> dict[str, Any]:
+        """Sample `place` of an open shard."""
+
+    # What all of them have
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __reduce__(self):
+        # Not every library's objects can be unpickled: open again instead.
+        from trainer.data.open import open_source
+
+        place = self.place
+        return open_source, (place.location, place.split, place.cache, self.format, place.limit)
+
+    def __del__(self):
+        for file, _ in getattr(self, "_files", {}).values():
+            with contextlib.suppress(OSError):
+                os.close(file)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Sample `index` as a dict of numpy values.
+
+        Raises IndexError; Unreadable if its bytes are wrong; UserError if its shard cannot be fetched.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        place = index - int(self._ends[number]) + self.shard_sizes[number]
+        file, layout = self._file(number)
+        if self._limit:
+            self._limit.touch(self.path(number))
+        try:
+            return self._decode(number, place, file, layout)
+        except (ValueError, IndexError, KeyError, OSError) as error:
+            what = " ".join(str(error).split()) or type(error).__name__
+            raise Unreadable(
+                f"data {self.location}: sample {place} of {self.split}/{self._raw(number)[0]} cannot be read "
+                f"({what}): prepare or fetch the data again"
+            ) from error
+
+    def read(self, indices) -> dict[str, np.ndarray]:
+        """The samples `indices`, each column stacked: image (n, C, H, W) uint8, label (n,) int64, ..."""
+        samples = [self[int(i)] for i in indices]
+        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    def path(self, number: int) -> str:
+        """The unpacked file of shard `number`."""
+        return os.path.join(self.place.local, self.split, self._raw(number)[0])
+
+    def raw_bytes(self, number: int) -> int:
+        """The size of shard `number`, unpacked; 0 if its index does not say."""
+        return self._raw(number)[1]
+
+    def _file(self, number: int) -> tuple[int, Any]:
+        """The open file of a shard, and its layout."""
+        if number in self._files:
+            self._files.move_to_end(number)
+            return self._files[number]
+        for attempt in range(TRIES):
+            if number not in self._whole or not os.path.isfile(self.path(number)):
+                self._prepare(number)
+                self._whole.add(number)
+            try:
+                file = os.open(self.path(number), os.O_RDONLY)
+                break
+            except FileNotFoundError:  # removed by another process, for want of room
+                if attempt == TRIES - 1:
+                    raise UserError(
+                        f"data.cache_limit: shards are removed as fast as they are fetched to "
+                        f"{self.place.local}: give a larger limit"
+                    ) from None
+        if self._limit:  # an open file takes up room after it is removed
+            for other in [n for n, (f, _) in self._files.items() if not os.fstat(f).st_nlink]:
+                os.close(self._files.pop(other)[0])
+        try:
+            self._files[number] = file, self._layout(number, file)
+        except (ValueError, KeyError, OSError) as error:
+            os.close(file)
+            raise self._unreadable(number, str(error)) from error
+        if len(self._files) > OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1][0])
+        return self._files[number]
+
+    def _unreadable(self, number: int, damage: str, kind: type[UserError] = Unreadable) -> UserError:
+        return kind(
+            f"data {self.location}: shard {self.split}/{self._raw(number)[0]}: {' '.join(damage.split())}: "
+            "copy the data set again or prepare it again"
+        )
+
+    def _damage(self, number: int) -> str:
+        """What is wrong with the unpacked file of a shard, or ''."""
+        path, (_, wanted) = self.path(number), self._raw(number)
+        size = os.path.getsize(path)
+        if wanted and size != wanted:
+            return f"{size} bytes where its index says {wanted}"
+        return self._hash_damage(number, path)
+
+    def _prepare(self, number: int) -> None:
+        """Fetch, unpack and check a shard; unless it lies there whole already."""
+        if number in self._damaged:
+            raise self._unreadable(number, self._damaged[number])
+        path = self.path(number)
+        try:
+            if os.path.isfile(path) and not self._damage(number):
+                return
+            with locked(os.path.dirname(path), number):
+                if os.path.isfile(path) and self._damage(number) and self._renewable(number):
+                    os.remove(path)
+                if not os.path.isfile(path):
+                    self._fetch_with_room(number)
+                damage = self._damage(number)
+        except Unreadable as error:
+            damage = str(error)
+        except Exception as error:  # the downloaders raise what their cloud's library raises
+            raise self._unreadable(number, str(error) or type(error).__name__, UserError) from error
+        if damage:
+            self._damaged[number] = damage
+            raise self._unreadable(number, damage)
+
+    def _fetch_with_room(self, number: int) -> None:
+        if self._limit:
+            self._limit.make_room(self._raw(number)[1])
+        self._fetch(number)
+        if self._limit:  # others fetched at the same time
+            self._limit.make_room(0)
+
+
+def check_present(location: str, split: str, files: Sequence[Sequence[tuple[str, int]]]) -> None:
+    """Each shard of a local split is there with the size its index names: any of its (file name, bytes).
+
+    Raises UserError that names the first file that is missing or truncated.
+    """
+    folder = Path(location, split)
+    for choices in files:
+        problems = []
+        for name, wanted in choices:
+            path = folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size is not None and wanted in (size, 0):
+                problems = []
+                break
+            state = "missing" if size is None else f"{size} bytes instead of {wanted}"
+            problems.append((size is None, f"{path}: {state}"))
+        if problems:  # a truncated file says more than a missing unpacked one
+            raise UserError(f"data shard {min(problems)[1]}: copy the data set again or prepare it again")
