@@ -11,7 +11,6 @@ import warnings
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 MEND = "install torch first and a C++ compiler (g++), then `pip install --no-build-isolation -e .`"
 
 
@@ -21,8 +20,7 @@ def import_torch():
         import torch.utils.cpp_extension as cpp_extension
     except ImportError:
         # An isolated build hides the environment it installs into; the ops will run with that one's torch.
-        for place in {sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}:
-            sys.path.append(place)
+        sys.path += [sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
         try:
             import torch.utils.cpp_extension as cpp_extension
         except ImportError:
@@ -32,15 +30,14 @@ def import_torch():
 
 def extension(cpp):
     """The one extension: always the CPU kernels, the GPU ones where their compiler and sources are there."""
-    os.chdir(HERE)
+    os.chdir(os.path.dirname(os.path.abspath(__file__)))
     sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
     depends = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.inl", recursive=True))
     if cpp is None:
-        return Extension("model.ops._C", sources, depends=depends)
+        return Extension("model.ops._C", sources)
     # Compiled for OpenMP but not linked to a runtime: at::parallel_for must use the one torch has loaded.
     flags = {"cxx": ["-O3"] + (["-fopenmp"] if sys.platform == "linux" else [])}
-    kind = cpp.CppExtension
-    gpu = sorted(glob.glob("csrc/cuda/*.cu") + glob.glob("csrc/cuda/*.cpp"))
+    kind, gpu = cpp.CppExtension, sorted(glob.glob("csrc/cuda/*.cu") + glob.glob("csrc/cuda/*.cpp"))
     if gpu and (cpp.CUDA_HOME or cpp.ROCM_HOME) and (cpp.torch.version.cuda or cpp.torch.version.hip):
         kind, sources = cpp.CUDAExtension, sources + gpu
         flags["cxx"].append("-DDCDIT_WITH_GPU")
@@ -79,10 +76,9 @@ def forgiving(base, cpp):
             if reason:
                 if os.path.exists(target):
                     os.remove(target)  # an older build would not match these sources
+                text = "Everything works without them, but selection, packing and de-chunking run as plain PyTorch"
                 warnings.warn(
-                    f"the native chunking ops were not built ({reason}). Everything works without them, but "
-                    f"selection, packing and de-chunking run as plain PyTorch, several times slower. "
-                    f"To mend: {MEND}",
+                    f"the native chunking ops were not built ({reason}). {text}, several times slower. Mend: {MEND}",
                     stacklevel=1,
                 )
 

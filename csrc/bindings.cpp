@@ -60,7 +60,7 @@ constexpr int64_t kGrain = 16384;
 
 int64_t grain(int64_t elements_per_unit) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_unit)); }
 
-// An uninitialised tensor. A large one comes from the system as untouched pages, and taking them 4 KB at a time costs
+// An uninitialised tensor. A large one often comes from the system as untouched pages, and taking them 4 KB at a time costs
 // several times the arithmetic on them: ask for huge pages where the system leaves that to us.
 Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   Tensor out = at::empty(sizes, options);
@@ -68,7 +68,7 @@ Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   constexpr uintptr_t kHuge = uintptr_t(2) << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr()), end = begin + out.nbytes();
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  if (out.nbytes() >= 16 * kHuge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (out.nbytes() >= 2 * kHuge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return out;
 }

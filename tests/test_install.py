@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+LIBRARY = f"model/ops/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 USE = """
 import torch
@@ -71,7 +72,7 @@ def test_without_a_compiler_the_install_succeeds_and_the_ops_work(copy):
 
 
 def test_a_failed_rebuild_leaves_no_old_library_and_the_note_says_why(copy):
-    pretend = copy / f"model/ops/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    pretend = copy / LIBRARY
     pretend.write_bytes(b"an older build")
     build = ["setup.py", "-q", "build_ext", "--inplace"]
     (copy / "csrc/bindings.cpp").write_text("#error broken on purpose\n")
@@ -82,7 +83,7 @@ def test_a_failed_rebuild_leaves_no_old_library_and_the_note_says_why(copy):
 
 
 def test_a_library_for_another_torch_is_not_loaded(copy):
-    (copy / "model/ops/_C.other.so").write_bytes(b"not a library")
+    (copy / LIBRARY).write_bytes(b"not a library")
     (copy / "model/ops/_build.json").write_text(json.dumps({"torch": "1.0.0", "reason": None}))
     show = "from model.ops import available; print(available()['reason'])"
     assert "built for torch 1.0.0" in python(copy, "-c", show)

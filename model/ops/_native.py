@@ -5,6 +5,7 @@ differentiate them: shapes without data (fakes) and gradients.
 """
 
 import json
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -24,9 +25,9 @@ def _note() -> dict:
 
 def _load() -> tuple[str | None, str | None]:
     """(path of the loaded library, None) or (None, why not)."""
-    libraries = sorted(_HERE.glob("_C*.so"))
+    library = _HERE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     note = _note()
-    if not libraries:
+    if not library.exists():
         reason = note.get("reason") or "the extension was never built"
         return None, f"{reason}; {note.get('mend') or _MEND}"
     built_for = note.get("torch")
@@ -34,10 +35,10 @@ def _load() -> tuple[str | None, str | None]:
         # A library of another torch may load and then crash: refuse it while that is still a choice.
         return None, f"the extension was built for torch {built_for}, this is {torch.__version__}; {_MEND}"
     try:
-        torch.ops.load_library(str(libraries[-1]))
+        torch.ops.load_library(str(library))
     except OSError as error:
-        return None, f"{libraries[-1].name} does not load ({error}); {_MEND}"
-    return str(libraries[-1]), None
+        return None, f"{library.name} does not load ({error}); {_MEND}"
+    return str(library), None
 
 
 _PATH, _REASON = _load()

@@ -121,8 +121,9 @@ def test_forward_is_plugback_plus_residual(backend):
 
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_input_is_computed_in_float32(backend, dtype):
-    p, s, index, h, residual, weight = case(2, 8, 8, 20, 0.3)
+@pytest.mark.parametrize(("share", "D"), [(0.0, 37), (0.3, 20), (0.97, 130)])
+def test_narrow_input_is_computed_in_float32(backend, dtype, share, D):
+    p, s, index, h, residual, weight = case(2, 8, 8, D, share)
     c = (p, s, index, h.to(dtype).float(), residual.to(dtype).float(), weight)
     out, dh, dp, dres = run(c, (8, 8), 1.0, backend, h_dtype=dtype)
     want, wdh, wdp, wdres = reference(c, (8, 8), 1.0)
