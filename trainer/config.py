@@ -46,10 +46,19 @@ class DiffusionConfig:
 
 
 @dataclass
+class StreamConfig:
+    path: str = "???"
+    weight: float = 1.0
+
+
+@dataclass
 class DataConfig:
     format: str = "mds"
     path: str = "???"
+    streams: list[StreamConfig] = field(default_factory=list)
     cache: str | None = None
+    cache_limit: str | None = None
+    max_errors: int = 100
     num_workers: int = 2
     label_drop: float = 0.1
 
@@ -141,7 +150,7 @@ CHOICES = {
     "diffusion.kind": ("gaussian", "flow"),
     "diffusion.t0_likelihood": ("image_bins", "gaussian"),
     "diffusion.time_sampling": ("uniform", "logit_normal"),
-    "data.format": ("mds",),
+    "data.format": ("mds", "webdataset"),
     "train.precision": ("bf16", "fp32"),
     "parallel.engine": ("fsdp", "ddp"),
     "parallel.activation_checkpointing": ("none", "block"),
@@ -156,7 +165,7 @@ POSITIVE = (
     "eval.batch_size", "log.every", "model.dechunk_sigma",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "data.num_workers", "train.ratio_weight", "train.tail_drop_after", "optimizer.weight_decay",
+    "data.num_workers", "data.max_errors", "train.ratio_weight", "train.tail_drop_after", "optimizer.weight_decay",
     "optimizer.warmup_images", "run.seed",
 )  # fmt: skip
 

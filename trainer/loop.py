@@ -231,13 +231,14 @@ class Trainer:
             self.data, seed=config.run.seed, global_batch_size=config.train.global_batch_size,
             micro_batch_size=micro, rank=rank, world_size=size, start_position=start,
             end_position=config.train.total_images, label_drop=config.data.label_drop, num_workers=workers,
-            pin_memory=self.world.device.type == "cuda",
+            max_errors=config.data.max_errors, pin_memory=self.world.device.type == "cuda",
         )  # fmt: skip
 
     def _heldout_batches(self, source: MDSSource) -> Any:
         return heldout_batches(
             source, seed=self.config.run.seed, count=min(self.config.eval.count, len(source)),
             batch_size=self.config.eval.batch_size, rank=self.world.rank, world_size=self.world.size,
+            max_errors=self.config.data.max_errors,
         )  # fmt: skip
 
     def _tail_drop(self) -> float:

@@ -1,5 +1,6 @@
-"""`dcdit prepare`: write the MDS shards that training reads.
+"""`dcdit prepare`: write the shards that training reads.
 
+dcdit prepare images IMAGES --to data/imagenet256
 dcdit prepare photos --to data/photos
 """
 
@@ -13,15 +14,22 @@ if __name__ == "__main__":  # `python trainer/prepare.py` puts trainer/ first on
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from model.errors import UserError
+from trainer.data.manifest import FORMATS, Manifest
 from trainer.data.open import open_source
 from trainer.data.photos import CROP_PIXELS, PHOTOS, write_photos
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dcdit prepare", description="Write the MDS shards and the manifest.json that training reads."
+        prog="dcdit prepare", description="Write the shards and the manifest.json that training reads."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _photos_parser(commands)
+    _images_parser(commands)
+    return parser
+
+
+def _photos_parser(commands) -> None:
     about = (
         f"Random square crops of {len(PHOTOS)} photographs that ship inside scikit-image and scikit-learn, "
         "one class per photograph, reduced to small RGB squares. Training crops come from the left 78 % of "
@@ -50,11 +58,65 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="another seed, other crops (default: 0)")
     add("--overwrite", action="store_true", help="replace photographs made with other arguments")
     photos.set_defaults(run=_photos)
-    return parser
+
+
+def _images_parser(commands) -> None:
+    about = (
+        "Images to shards: centre crop as in ADM and DiT, then the mean and standard deviation of a VAE's latents, "
+        "of the image and of its mirror image (training draws one of them anew at every step), or the pixels. "
+        "May be stopped or killed at any time: finished parts are kept and the same command goes on."
+    )
+    images = commands.add_parser(
+        "images", help="your own images: a folder or tar with one folder per class", description=about
+    )
+    add = images.add_argument
+    add("source", type=Path, metavar="SRC", help="folder of class folders, or a tar with CLASS/NAME.jpg")
+    add("--to", type=Path, required=True, metavar="DIR", help="folder to write")
+    add(
+        "--size",
+        type=int,
+        default=256,
+        metavar="PX",
+        help="side after the crop, a multiple of 8 (default: 256)",
+    )
+    add(
+        "--vae",
+        default=None,
+        metavar="NAME",
+        help="diffusers AutoencoderKL: a folder, a name on the hub, or none to keep pixels "
+        "(default: stabilityai/sd-vae-ft-ema)",
+    )
+    add("--scale", type=float, help="factor on latents (default: from the VAE's config, else 0.18215)")
+    add("--no-mirror", action="store_true", help="no mirror images, for lettering and the like")
+    add(
+        "--heldout",
+        type=float,
+        metavar="N",
+        help="images kept from training, or a fraction below 1 (default: 1024, at most a twentieth)",
+    )
+    add("--format", choices=FORMATS, default="mds", help="of the shards (default: mds)")
+    add("--shard-mb", type=float, default=64, metavar="MB", help="size of a shard, unpacked (default: 64)")
+    add("--seed", type=int, default=0, help="of the order in the shards (default: 0)")
+    add("--workers", type=int, metavar="N", help="processes (default: one per GPU, or per CPU without any)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto, all GPUs)")
+    add("--batch", type=int, default=16, metavar="N", help="images encoded at once (default: 16)")
+    add(
+        "--max-errors",
+        type=int,
+        default=100,
+        metavar="N",
+        help="images that may be skipped as unreadable; listed in DIR/skipped.txt (default: 100)",
+    )
+    add("--overwrite", action="store_true", help="replace what was made in DIR with other arguments")
+    images.set_defaults(run=_images)
+
+
+def _bar(unit: str) -> tqdm:
+    return tqdm(total=0, desc=f"{unit}s", unit=unit, file=sys.stderr, leave=False, delay=0.3)
 
 
 def _photos(args: argparse.Namespace) -> None:
-    with tqdm(total=0, desc="photographs", unit="crop", file=sys.stderr, leave=False, delay=0.3) as bar:
+    with _bar("crop") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -63,11 +125,54 @@ def _photos(args: argparse.Namespace) -> None:
         manifest, written = write_photos(
             args.to, args.samples_per_class, args.size, args.seed, args.overwrite, progress
         )
+    _report(args.to, manifest, written)
+
+
+def _images(args: argparse.Namespace) -> None:
+    from trainer.data.encode import DEFAULT_VAE
+    from trainer.data.images import SKIPPED, Options, prepare_images
+
+    options = Options(
+        args.source.expanduser(),
+        args.to.expanduser(),
+        size=args.size,
+        vae=args.vae or DEFAULT_VAE,
+        scale=args.scale,
+        mirror=not args.no_mirror,
+        heldout=args.heldout,
+        format=args.format,
+        shard_bytes=int(args.shard_mb * (1 << 20)),
+        seed=args.seed,
+        workers=args.workers,
+        device=args.device,
+        batch=args.batch,
+        max_errors=args.max_errors,
+        overwrite=args.overwrite,
+    )
+    try:
+        with _bar("image") as bar:
+
+            def progress(seen: int, total: int, skipped: int) -> None:
+                bar.total = total
+                bar.update(seen - bar.n)
+                if skipped:
+                    bar.set_postfix_str(f"{skipped} skipped")
+
+            manifest, written, skipped = prepare_images(options, progress)
+    except KeyboardInterrupt:
+        print("interrupted: finished parts are kept, the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+    if skipped:
+        print(f"skipped {skipped} images that cannot be read: {args.to / SKIPPED}", file=sys.stderr)
+    _report(args.to, manifest, written)
+
+
+def _report(to: Path, manifest: Manifest, written: bool) -> None:
     splits = " and ".join(f"{count} {name}" for name, count in manifest.splits.items())
-    shards = sum(len(open_source(args.to, name).shard_sizes) for name in manifest.splits)
+    shards = sum(len(open_source(to, name).shard_sizes) for name in manifest.splits)
     shape = f"{manifest.height}x{manifest.width}x{manifest.channels}"
     verb = "wrote" if written else "already there:"
-    print(f"{verb} {splits} samples of {manifest.num_classes} classes, {shape}, {shards} shards: {args.to}")
+    print(f"{verb} {splits} samples of {manifest.num_classes} classes, {shape}, {shards} shards: {to}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -61,7 +61,7 @@ def check(config: Config, device: str = "auto") -> None:
     """
     from trainer import checkpoint
     from trainer.build import build_process, check_resumable, micro_batch, model_config
-    from trainer.data import open_source
+    from trainer.data import open_data
     from trainer.loop import find_checkpoint
     from trainer.metrics import check_wandb
     from trainer.parallel.world import rank_and_size
@@ -70,7 +70,7 @@ def check(config: Config, device: str = "auto") -> None:
     check_wandb(config)
     build_process(config)
     for split in ("train", "heldout"):
-        source = open_source(config.data.path, split, cache=config.data.cache)
+        source = open_data(config.data, split)
     _check_backends(config, model_config(config, source.manifest), device)
     folder = Path(config.run.dir)
     if folder.exists() and not folder.is_dir():
@@ -97,7 +97,7 @@ def _check_backends(config: Config, sizes: Any, device: str) -> None:
 
 def run(config: Config, device: str = "auto") -> int:
     """Train as ``config`` says, with the processes torchrun started (one without it)."""
-    from trainer.data import open_source
+    from trainer.data import open_data
     from trainer.loop import Trainer
     from trainer.parallel import close_world, open_world
 
@@ -107,7 +107,7 @@ def run(config: Config, device: str = "auto") -> int:
             Path(config.run.dir).mkdir(parents=True, exist_ok=True)
             save_config(config, Path(config.run.dir) / "config.yaml")
         sources = [
-            open_source(config.data.path, split, cache=config.data.cache) for split in ("train", "heldout")
+            open_data(config.data, split) for split in ("train", "heldout")
         ]
         trainer = Trainer(config, world, *sources)
         complete = trainer.run()

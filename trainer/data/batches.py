@@ -10,8 +10,10 @@ sample, never what it is; the one thing to save is the position.
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -19,10 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from model.errors import UserError
 from trainer import randomness
-from trainer.data.source import Source
+from trainer.data.cache import in_words
+from trainer.data.mix import Mix
+from trainer.data.source import Source, Unreadable
 
 Batch = dict[str, torch.Tensor]
 STOP_GRACE = 300  # seconds a worker goes on after SIGTERM
+REPLACED = "replaced"  # in a batch on its way to the loader: what was said of samples that cannot be read
 
 
 def _divisors(n: int) -> list[int]:
@@ -61,7 +66,7 @@ def check_batch(global_batch_size: int, micro_batch_size: int | None, world_size
 
 
 def _model_space(
-    source: Source, columns: dict[str, np.ndarray], flips: np.ndarray, seed: int, positions, stream: str
+    source: Source | Mix, columns: dict[str, np.ndarray], flips: np.ndarray, seed: int, positions, stream: str
 ) -> np.ndarray:
     """Raw columns of n samples -> (n, C, H, W) float32 as the model sees them.
 
@@ -84,7 +89,7 @@ def _model_space(
     return images
 
 
-def _labels(source: Source, columns: dict[str, np.ndarray], null_class: int) -> np.ndarray:
+def _labels(source: Source | Mix, columns: dict[str, np.ndarray], null_class: int) -> np.ndarray:
     labels = columns["label"].astype(np.int64)
     if labels.min() < 0 or labels.max() >= null_class:
         bad = labels[(labels < 0) | (labels >= null_class)][0]
@@ -95,7 +100,60 @@ def _labels(source: Source, columns: dict[str, np.ndarray], null_class: int) -> 
     return labels
 
 
-def _null_class(source: Source, null_class: int | None) -> int:
+def _read(
+    source: Source | Mix, numbers: np.ndarray, seed: int, positions: np.ndarray, stream: str, most: int
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The columns of samples `numbers`, and what is wrong with those that were replaced.
+
+    A sample that cannot be read gives way to one drawn for its position, so a resumed run draws the same.
+    Raises UserError at more than `most` such; the first one if `most` is 0.
+    """
+    try:
+        return source.read(numbers), []
+    except Unreadable:
+        if not most:
+            raise
+    said: list[str] = []
+    both = zip(numbers.tolist(), positions.tolist(), strict=True)
+    rows = [_row(source, number, (seed, stream, position), most, said) for number, position in both]
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}, said
+
+
+def _row(source: Source | Mix, number: int, draw: tuple, most: int, said: list[str]) -> dict[str, np.ndarray]:
+    for attempt in count():
+        try:
+            return source.read([number])
+        except Unreadable as error:
+            said.append(str(error))
+            if len(said) > most:
+                raise _too_many(most, said[-1]) from error
+            number = int(randomness.rng(*draw, attempt).integers(len(source)))
+    raise AssertionError("unreachable")
+
+
+def _too_many(most: int, last: str) -> UserError:
+    return UserError(f"data.max_errors={most}: more samples than that cannot be read, the last: {last}")
+
+
+class _Tally:
+    """Counts the samples replaced in this process, says so on stderr, and ends the run above the limit."""
+
+    def __init__(self, most: int):
+        self.most, self.count = most, 0
+
+    def take(self, said: list[str]) -> None:
+        for text in said:
+            self.count += 1
+            print(
+                f"data.max_errors: replaced {self.count} of at most {self.most}: {text}",
+                file=sys.stderr,
+                flush=True,
+            )
+            if self.count > self.most:
+                raise _too_many(self.most, text)
+
+
+def _null_class(source: Source | Mix, null_class: int | None) -> int:
     """The label of dropped labels; UserError if the data does not fit a model that has this one."""
     if not len(source):
         raise UserError(f"data {source.location}: split {source.split!r} is empty: prepare it again")
@@ -121,6 +179,7 @@ class _Plan:
     flip: bool
     null_class: int
     shuffle_block: int
+    max_errors: int
 
 
 @dataclass(frozen=True)
@@ -133,9 +192,9 @@ class _Failure:
 class _MicroBatches(Dataset):
     """Micro-batch k of this rank, counted from start_position. No state but a cache of sample orders."""
 
-    def __init__(self, source: Source, plan: _Plan):
+    def __init__(self, source: Source | Mix, plan: _Plan):
         self.source, self.plan = source, plan
-        self._orders: dict[int, np.ndarray] = {}
+        self._orders: dict[int, dict[int, np.ndarray]] = {}
         flippable = source.manifest.flip
         self._flippable = np.full(plan.null_class, plan.flip and flippable is None)
         if plan.flip and flippable:
@@ -156,21 +215,34 @@ class _MicroBatches(Dataset):
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """The sample number at each position, int64."""
-        epochs, places = np.divmod(positions, len(self.source))
-        numbers = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            numbers[epochs == epoch] = self._order(epoch)[places[epochs == epoch]]
+        source = self.source
+        if not isinstance(source, Mix):
+            return self._in_epochs(0, source, positions)
+        which, before = source.places(self.plan.seed, positions)
+        numbers, first = np.empty_like(positions), 0
+        for k, one in enumerate(source.sources):
+            numbers[which == k] = first + self._in_epochs(k, one, before[which == k])
+            first += len(one)
         return numbers
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            while len(self._orders) > 1:  # two: a micro-batch may begin in one epoch and end in the next
-                del self._orders[min(self._orders)]
-            plan = self.plan
-            self._orders[epoch] = randomness.sample_order(
-                plan.seed, epoch, self.source.shard_sizes, plan.shuffle_block
-            )
-        return self._orders[epoch]
+    def _in_epochs(self, stream: int, source: Source | Mix, places: np.ndarray) -> np.ndarray:
+        """The sample numbers at `places` of the endless sequence of a source's epochs."""
+        epochs, places = np.divmod(places, len(source))
+        numbers = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            numbers[epochs == epoch] = self._order(stream, source, epoch)[places[epochs == epoch]]
+        return numbers
+
+    def _order(self, stream: int, source: Source | Mix, epoch: int) -> np.ndarray:
+        orders = self._orders.setdefault(stream, {})
+        if epoch not in orders:
+            while len(orders) > 1:  # two: a micro-batch may begin in one epoch and end in the next
+                del orders[min(orders)]
+            # Streams of the same length must not go in the same order.
+            seed = (self.plan.seed + stream * 0x9E3779B97F4A7C15) % (1 << 64)
+            sizes = source.shard_sizes
+            orders[epoch] = randomness.sample_order(seed, epoch, sizes, self.plan.shuffle_block)
+        return orders[epoch]
 
     def __getitem__(self, k: int) -> Batch | _Failure:
         try:
@@ -181,13 +253,15 @@ class _MicroBatches(Dataset):
     def batch(self, positions: np.ndarray) -> Batch:
         """The batch at `positions`, as the module's callers see it."""
         plan, source = self.plan, self.source
-        columns = source.read(self.samples(positions))
+        numbers = self.samples(positions)
+        columns, said = _read(source, numbers, plan.seed, positions, "replacement", plan.max_errors)
         labels = _labels(source, columns, plan.null_class)
         flips = randomness.flip(plan.seed, positions) & self._flippable[labels]
         images = _model_space(source, columns, flips, plan.seed, positions, "latent")
         labels[randomness.label_drop(plan.seed, positions, plan.label_drop)] = plan.null_class
         u = randomness.time_uniform(plan.seed, positions, plan.global_batch_size)
-        return {
+        extra = {REPLACED: said} if said else {}
+        return extra | {
             "position": torch.from_numpy(positions),
             "image": torch.from_numpy(images),
             "label": torch.from_numpy(labels),
@@ -213,11 +287,15 @@ def _start_worker(_: int) -> None:
 class _Loader(DataLoader):
     """A DataLoader whose failures, in a worker or of a worker, come out as one clear UserError."""
 
+    max_errors = 0
+
     def __iter__(self) -> Iterator[Batch]:
+        tally = _Tally(self.max_errors)
         try:
             for batch in super().__iter__():
                 if isinstance(batch, _Failure):
                     raise UserError(batch.message)
+                tally.take(batch.pop(REPLACED, ()))
                 yield batch
         except RuntimeError as error:
             died = re.search(r"DataLoader worker \(pid[^)]*\)[^.\n]*", str(error))
@@ -230,7 +308,7 @@ class _Loader(DataLoader):
 
 
 def train_loader(
-    source: Source,
+    source: Source | Mix,
     *,
     seed: int,
     global_batch_size: int,
@@ -246,6 +324,7 @@ def train_loader(
     shuffle_block: int = randomness.SHUFFLE_BLOCK,
     pin_memory: bool = False,
     prefetch_factor: int = 4,
+    max_errors: int = 0,
 ) -> DataLoader:
     """This rank's micro-batches from `start_position` until `end_position` is reached, in order.
 
@@ -256,8 +335,12 @@ def train_loader(
     null_class (default: the data set's number of classes) where dropped; noise float32 (b, C, H, W);
     u float64 (b,) in [0, 1), spread evenly over every contiguous slice of the global batch.
 
+    max_errors: samples that cannot be read and may be replaced, in this process and since it started. Each
+    gives way to a sample drawn for its position, and is told of on stderr.
+
     Raises UserError: sizes that do not divide (with the valid choices), an empty data set, more classes than
-    null_class; while iterating, a damaged shard or a worker that was killed.
+    null_class, a cache too small for the shards that are shuffled together; while iterating, more than
+    max_errors samples that cannot be read, a shard that cannot be fetched, or a worker that was killed.
     """
     micro_batch_size = check_batch(global_batch_size, micro_batch_size, world_size)
     if not 0 <= rank < world_size:
@@ -277,9 +360,11 @@ def train_loader(
         flip,
         null_class,
         shuffle_block,
+        max_errors,
     )
+    _check_room(source, shuffle_block)
     dataset = _MicroBatches(source, plan)
-    return _Loader(
+    loader = _Loader(
         dataset,
         batch_size=None,
         sampler=range(len(dataset)),
@@ -289,10 +374,28 @@ def train_loader(
         generator=torch.Generator(),  # else the loader draws its workers' seed from the global one
         prefetch_factor=prefetch_factor if num_workers else None,
     )
+    loader.max_errors = max_errors
+    return loader
+
+
+def _check_room(source: Source | Mix, shuffle_block: int) -> None:
+    """The cache holds the shards that are read in turns, else each would be fetched for every sample."""
+    for one in source.sources if isinstance(source, Mix) else [source]:
+        limit = getattr(getattr(one, "place", None), "limit", None)
+        if not limit:
+            continue
+        sizes = [one.raw_bytes(k) for k in range(len(one.shard_sizes))]
+        share = min(1.0, (shuffle_block + 2 * max(one.shard_sizes)) / len(one))
+        needed = max(2 * max(sizes), int(sum(sizes) * share))
+        if limit < min(needed, sum(sizes)):
+            raise UserError(
+                f"data.cache_limit={in_words(limit)}: {one.location} shuffles shards of {in_words(needed)} "
+                f"together: give at least {in_words(1.05 * needed)}"
+            )
 
 
 def heldout_batches(
-    source: Source,
+    source: Source | Mix,
     *,
     seed: int,
     count: int,
@@ -300,6 +403,7 @@ def heldout_batches(
     rank: int = 0,
     world_size: int = 1,
     null_class: int | None = None,
+    max_errors: int = 0,
 ) -> Iterator[Batch]:
     """`count` samples (all of them if there are fewer) with fixed noise and u, no flip and no label drop.
 
@@ -322,11 +426,13 @@ def heldout_batches(
     rounds = -(-count // (batch_size * world_size))
 
     def batches() -> Iterator[Batch]:
+        tally = _Tally(max_errors)
         for j in range(rank, rounds * world_size, world_size):
             places = np.arange(j * batch_size, (j + 1) * batch_size)
             weight = (places < count).astype(np.float32)
             places %= count
-            columns = source.read(samples[places])
+            columns, said = _read(source, samples[places], seed, places, "heldout_replacement", max_errors)
+            tally.take(said)
             images = _model_space(source, columns, np.zeros(batch_size, bool), seed, places, "heldout_latent")
             noise = randomness.noise(seed, places, source.manifest.shape, stream="heldout_noise")
             yield {

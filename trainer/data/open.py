@@ -5,12 +5,14 @@ import tempfile
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from model.errors import UserError
 from trainer.data import manifest as manifests
 from trainer.data import mds, webdataset
 from trainer.data.cache import cache_root, parse_size
 from trainer.data.manifest import FORMATS, Manifest
+from trainer.data.mix import Mix, check_alike
 from trainer.data.source import Place, Source
 
 OPENERS: dict[str, Callable[[Place, Manifest], Source]] = {
@@ -53,8 +55,8 @@ def open_source(
     them; http://, ... as webdataset does). cache: where shards are fetched to and unpacked; without it a local
     data set is read where it is if one can write there, else unpacked in the temporary folder, as a remote one
     is. The cache is keyed by the manifest, so a data set written anew is not mixed with what was fetched of
-    the old one. format: "mds" or "webdataset"; None takes what the manifest says (for a URL, "mds" fetches
-    it). cache_limit: bytes, or "500gb", that this data set's shards may take up in the cache.
+    the old one. format: "mds" or "webdataset"; None takes what the manifest says. cache_limit: bytes, or
+    "500gb", that the shards of this data set may take up in the cache.
 
     Raises UserError: no such folder, manifest or split; another format than asked for; a shard missing,
     truncated or unlike the manifest; a limit without a cache.
@@ -64,7 +66,9 @@ def open_source(
     if format is not None and format not in FORMATS:
         raise UserError(f"data.format={format}: one of {', '.join(FORMATS)}")
     if remote:
-        manifest, text = _fetch_manifest(location, format or "mds")
+        manifest, text = _fetch_manifest(
+            location, format or ("webdataset" if location.startswith("http") else "mds")
+        )
     else:
         location = os.path.abspath(location)
         manifest = Manifest.read(location)
@@ -84,6 +88,22 @@ def open_source(
     source = OPENERS[manifest.format](place, manifest)
     _check_index(place, source)
     return source
+
+
+def open_data(data: Any, split: str = "train") -> Source | Mix:
+    """What the run's `data` section says: its path, or for training its streams, if it has any.
+
+    Raises UserError as `open_source` and `Mix`.
+    """
+    common = dict(cache=data.cache, format=data.format, cache_limit=data.cache_limit)
+    if not data.streams:
+        return open_source(data.path, split, **common)
+    sources = [open_source(stream.path, "train", **common) for stream in data.streams]
+    if split != "train":
+        source = open_source(data.path, split, **common)
+        check_alike(source, sources[0])
+        return source
+    return Mix(sources, [stream.weight for stream in data.streams])
 
 
 def _place(

@@ -62,6 +62,14 @@ def file_hash(algorithm: str, path: str) -> str:
     return digest.hexdigest()
 
 
+def stacked(samples: Sequence[dict[str, Any]], location: str) -> dict[str, np.ndarray]:
+    """Samples as one array per column. Raises UserError if they are not alike."""
+    try:
+        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+    except (KeyError, ValueError) as error:
+        raise UserError(f"data {location}: samples are not alike ({error}): prepare it again") from error
+
+
 class Source(ABC):
     """One split of a prepared data set. Make it with `open_source`.
 
@@ -148,8 +156,7 @@ class Source(ABC):
 
     def read(self, indices) -> dict[str, np.ndarray]:
         """The samples `indices`, each column stacked: image (n, C, H, W) uint8, label (n,) int64, ..."""
-        samples = [self[int(i)] for i in indices]
-        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+        return stacked([self[int(i)] for i in indices], self.location)
 
     def path(self, number: int) -> str:
         """The unpacked file of shard `number`."""

@@ -1,0 +1,136 @@
+"""Images to what is stored: the mean and standard deviation of a VAE's latents, or the pixels themselves."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.errors import UserError
+
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
+DEFAULT_SCALE = 0.18215
+
+
+def load_vae(name: str, device: str = "cpu") -> Any:
+    """diffusers' AutoencoderKL from a folder (its own, or a pipeline's with vae/ in it) or from the hub; fp32.
+
+    Raises UserError that names the mend: diffusers is missing, or there is no such model.
+    """
+    path = os.path.expanduser(name)
+    if not os.path.isdir(path) and (path.startswith(("/", ".", "~")) or os.path.exists(path)):
+        raise UserError(f"--vae {name}: no such folder: give a diffusers AutoencoderKL, or none for pixels")
+    if find_spec("diffusers") is None:
+        raise UserError(
+            "--vae: needs the package diffusers: pip install 'dcdit[vae]', or --vae none for pixels"
+        )
+    where = {"subfolder": "vae"} if os.path.isfile(os.path.join(path, "vae", "config.json")) else {}
+    try:
+        from diffusers import AutoencoderKL
+        from diffusers.utils import logging
+
+        logging.set_verbosity_error()
+        vae = AutoencoderKL.from_pretrained(
+            path if os.path.isdir(path) else name, low_cpu_mem_usage=False, **where
+        )
+    except (
+        Exception
+    ) as error:  # a missing file, no network, no such repository, weights of another model, ...
+        what = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".: ")
+        raise UserError(
+            f"--vae {name}: does not load as an AutoencoderKL ({what}): give a local folder with config.json and "
+            "diffusion_pytorch_model.safetensors, or --vae none for pixels"
+        ) from error
+    if getattr(vae.config, "shift_factor", None) or getattr(vae.config, "latents_mean", None):
+        raise UserError(
+            f"--vae {name}: its latents are shifted, which this format does not keep: give another"
+        )
+    return vae.float().eval().requires_grad_(False).to(device)
+
+
+def fingerprint(vae: Any) -> str:
+    """sha256 of a model's weights."""
+    digest = sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def latent_shape(vae: Any, size: int) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of a square image. Raises UserError if `size` does not divide."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if size % factor:
+        raise UserError(
+            f"--size {size}: this VAE needs a multiple of {factor}: {size - size % factor or factor}"
+        )
+    return vae.config.latent_channels, size // factor, size // factor
+
+
+class Pixels:
+    """Stores images as they are: column image (3, size, size) uint8."""
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | str]:
+        return [{"image": np.ascontiguousarray(image.transpose(2, 0, 1))} for image in images]
+
+
+class Latents:
+    """Stores mean and std, float16 (C, H, W), of each image and (if `mirror`) of its mirror image."""
+
+    def __init__(self, vae: Any, mirror: bool = True):
+        self.vae, self.mirror = vae, mirror
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | str]:
+        """Columns of each image (size, size, 3) uint8, or why there are none."""
+        device = next(self.vae.parameters()).device
+        x_BCHW = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        found = {}
+        for ending in ("", "_flip") if self.mirror else ("",):
+            x = x_BCHW.flip(3) if ending else x_BCHW
+            try:
+                latents = self.vae.encode(x.contiguous()).latent_dist
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"--batch {len(images)}: {device} is out of memory: give a smaller one"
+                ) from error
+            found[f"mean{ending}"] = latents.mean.half().cpu().numpy()
+            found[f"std{ending}"] = latents.std.half().cpu().numpy()
+        columns = [{name: value[k] for name, value in found.items()} for k in range(len(images))]
+        fine = [all(np.isfinite(value).all() for value in sample.values()) for sample in columns]
+        return [s if ok else "its latents are not finite" for s, ok in zip(columns, fine, strict=True)]
+
+
+@contextlib.contextmanager
+def one_thread(device: str):
+    """On the CPU: one thread, so that latents do not depend on how many there are; it is processes that count."""
+    before = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def pick_devices(device: str) -> list[str]:
+    """'auto' -> every GPU, or the CPU; else the one named. Raises UserError if it is not there."""
+    if device == "auto":
+        return [f"cuda:{k}" for k in range(torch.cuda.device_count())] or ["cpu"]
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:
+        what = str(error).strip().splitlines()[0]
+        raise UserError(f"--device {device}: cannot be used ({what}): give auto, cpu or cuda:N") from error
+    return [device]
+
+
+def vae_name(name: str) -> str:
+    """What the manifest calls it: a hub name, or a folder's whole path."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
