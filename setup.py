@@ -28,6 +28,11 @@ def import_torch():
     return cpp_extension
 
 
+def version_of(text):
+    """(major, minor) of "13.0" or "6.2.41133-dd7f95766"; () of None."""
+    return tuple(int(part) for part in (text or "").split(".")[:2] if part)
+
+
 def extension(cpp):
     """The one extension: always the CPU kernels, the GPU ones where their compiler and sources are there."""
     os.chdir(os.path.dirname(os.path.abspath(__file__)))

@@ -19,29 +19,10 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "include/checks.h"
 
 namespace dcdit {
 namespace {
-
-using at::Tensor;
-
-Type type_of(const char* op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat: return Type::f32;
-    case at::kBFloat16: return Type::bf16;
-    case at::kHalf: return Type::f16;
-    default: break;
-  }
-  TORCH_CHECK_VALUE(false, op, ": ", name, " is ", t.scalar_type(), ", expected float32, bfloat16 or float16");
-}
-
-void check_dtype(const char* op, const char* name, const Tensor& t, at::ScalarType want) {
-  TORCH_CHECK_VALUE(t.scalar_type() == want, op, ": ", name, " is ", t.scalar_type(), ", expected ", want);
-}
-
-void check_shape(const char* op, const char* name, const Tensor& t, at::IntArrayRef want) {
-  TORCH_CHECK_VALUE(t.sizes() == want, op, ": ", name, " has shape ", t.sizes(), ", expected ", want);
-}
 
 // A map that points outside its target would read foreign memory: every entry is looked at.
 void check_map(const char* op, const char* name, const Tensor& map, int64_t rows) {

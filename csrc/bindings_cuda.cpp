@@ -1,0 +1,199 @@
+// The GPU forms of the schemas in bindings.cpp: tensors become pointers, memory is taken from torch's allocator, kernels
+// go to the current stream. Nothing here reads the device: T is the rows of `index`, whatever cu_seqlens holds, so maps
+// are not looked at as on the CPU (csrc/cuda/launch.h says what the kernels make of wrong ones).
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "cuda/launch.h"
+#include "include/checks.h"
+
+namespace dcdit {
+namespace {
+
+// Where an op runs: its tensors must share one device, whose current stream takes the kernels.
+class Place {
+ public:
+  Place(const char* op, std::initializer_list<std::pair<const char*, const Tensor*>> tensors)
+      : device_(tensors.begin()->second->device()), guard_(device_) {
+    for (const auto& [name, tensor] : tensors)
+      TORCH_CHECK_VALUE(tensor->device() == device_, op, ": ", name, " is on ", tensor->device(), " but ",
+                        tensors.begin()->first, " is on ", device_);
+  }
+  void* stream() const { return c10::cuda::getCurrentCUDAStream(device_.index()).stream(); }
+  Tensor workspace(size_t bytes) const {
+    return at::empty({int64_t(bytes)}, at::TensorOptions().dtype(at::kByte).device(device_));
+  }
+
+ private:
+  at::Device device_;
+  c10::cuda::CUDAGuard guard_;
+};
+
+void need(const char* problem) { TORCH_CHECK_VALUE(problem == nullptr, problem); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select(const Tensor& prob, const Tensor& tail_drop) {
+  const Place place("select", {{"boundary_prob", &prob}, {"tail_drop", &tail_drop}});
+  TORCH_CHECK_VALUE(prob.dim() == 2, "select: boundary_prob has shape ", prob.sizes(), ", expected (B, L)");
+  const int64_t B = prob.size(0), L = prob.size(1);
+  TORCH_CHECK_VALUE(L >= 2, "select: boundary_prob has L = ", L, ", but an image needs at least 2 tokens");
+  TORCH_CHECK_VALUE(B * L < (int64_t(1) << 31), "select: boundary_prob has 2**31 places or more; split the batch");
+  check_dtype("select", "boundary_prob", prob, at::kFloat);
+  check_dtype("select", "tail_drop", tail_drop, at::kFloat);
+  check_shape("select", "tail_drop", tail_drop, {B});
+  const Tensor prob_ = prob.contiguous(), tail_drop_ = tail_drop.contiguous();
+  const auto ints = prob.options().dtype(at::kInt), bools = prob.options().dtype(at::kBool);
+  Tensor natural = at::empty({B, L}, bools), retained = at::empty({B, L}, bools);
+  Tensor slot = at::empty({B * L}, ints), index = at::empty({B * L}, ints), cu_seqlens = at::empty({B + 1}, ints);
+  if (B == 0) cu_seqlens.zero_();
+  const SelectParams p{prob_.const_data_ptr<float>(), tail_drop_.const_data_ptr<float>(), natural.mutable_data_ptr<bool>(),
+                       retained.mutable_data_ptr<bool>(), slot.mutable_data_ptr<int32_t>(),
+                       index.mutable_data_ptr<int32_t>(), cu_seqlens.mutable_data_ptr<int32_t>(), B, L};
+  const Tensor workspace = place.workspace(gpu::select_workspace(p));
+  need(gpu::select(p, workspace.data_ptr(), place.stream()));
+  return {natural, retained, slot, index, cu_seqlens};
+}
+
+Tensor copy_rows(const Place& place, const char* op, const Tensor& x, const std::optional<Tensor>& pos, const Tensor& map,
+                 int64_t L) {
+  const int64_t D = x.size(-1), M = map.numel(), source_rows = D > 0 ? x.numel() / D : 0;
+  Tensor out = at::empty({M, D}, x.options());
+  const RowsParams p{x.const_data_ptr(), pos ? pos->const_data_ptr<float>() : nullptr, map.const_data_ptr<int32_t>(),
+                     out.mutable_data_ptr(), type_of(op, "x", x), L, D};
+  need(gpu::rows(p, M, source_rows, place.stream()));
+  return out;
+}
+
+Tensor gather_tokens(const Tensor& x, const std::optional<Tensor>& pos, const Tensor& index, const Tensor& slot) {
+  const char* op = "gather_tokens";
+  const Place place(op, {{"x", &x}, {"index", &index}, {"slot", &slot}, {"pos", pos ? &*pos : &x}});
+  TORCH_CHECK_VALUE(x.dim() == 3, op, ": x has shape ", x.sizes(), ", expected (B, L, D)");
+  const int64_t B = x.size(0), L = x.size(1), D = x.size(2);
+  TORCH_CHECK_VALUE(index.dim() == 1, op, ": index has shape ", index.sizes(), ", expected (T,)");
+  check_dtype(op, "index", index, at::kInt);
+  check_shape(op, "slot", slot, {B * L});
+  check_dtype(op, "slot", slot, at::kInt);
+  std::optional<Tensor> pos_;
+  if (pos) {
+    check_shape(op, "pos", *pos, {L, D});
+    check_dtype(op, "pos", *pos, at::kFloat);
+    pos_ = pos->contiguous();
+  }
+  return copy_rows(place, op, x.contiguous(), pos_, index.contiguous(), L);
+}
+
+Tensor gather_tokens_backward(const Tensor& grad, const Tensor& slot, int64_t B, int64_t L) {
+  const char* op = "gather_tokens_backward";
+  const Place place(op, {{"grad", &grad}, {"slot", &slot}});
+  TORCH_CHECK_VALUE(grad.dim() == 2, op, ": grad has shape ", grad.sizes(), ", expected (T, D)");
+  check_shape(op, "slot", slot, {B * L});
+  check_dtype(op, "slot", slot, at::kInt);
+  return copy_rows(place, op, grad.contiguous(), std::nullopt, slot.contiguous(), L).view({B, L, grad.size(1)});
+}
+
+Tensor nearest(const Tensor& slot, int64_t B, int64_t H, int64_t W) {
+  const Place place("nearest", {{"slot", &slot}});
+  TORCH_CHECK_VALUE(B >= 0 && H > 0 && W > 0, "nearest: B, H, W are ", B, ", ", H, ", ", W, ", expected positive numbers");
+  check_shape("nearest", "slot", slot, {B * H * W});
+  check_dtype("nearest", "slot", slot, at::kInt);
+  const Tensor slot_ = slot.contiguous();
+  Tensor out = at::empty({B, H * W}, slot.options());
+  const NearestParams p{slot_.const_data_ptr<int32_t>(), out.mutable_data_ptr<int32_t>(), H, W};
+  const Tensor workspace = place.workspace(gpu::nearest_workspace(p, B));
+  need(gpu::nearest(p, B, workspace.data_ptr(), place.stream()));
+  return out;
+}
+
+// What forward and backward share: checked dense tensors, and the parameters that point at them.
+struct Dechunk {
+  Tensor h, prob, natural, index, cu_seqlens;
+  DechunkParams p{};
+
+  Dechunk(const char* op, const Tensor& h_, const Tensor& prob_, const Tensor& natural_, const Tensor& index_,
+          const Tensor& cu_seqlens_, int64_t H, int64_t W, double sigma)
+      : h(h_.contiguous()), prob(prob_.contiguous()), natural(natural_.contiguous()), index(index_.contiguous()),
+        cu_seqlens(cu_seqlens_.contiguous()) {
+    TORCH_CHECK_VALUE(h.dim() == 2, op, ": h has shape ", h.sizes(), ", expected (T, D)");
+    TORCH_CHECK_VALUE(prob.dim() == 2, op, ": boundary_prob has shape ", prob.sizes(), ", expected (B, L)");
+    const int64_t B = prob.size(0), L = prob.size(1);
+    TORCH_CHECK_VALUE(H > 0 && W > 0 && H * W == L, op, ": grid ", H, "x", W, " does not have L = ", L, " places");
+    TORCH_CHECK_VALUE(sigma > 0, op, ": sigma is ", sigma, ", expected a positive number");
+    check_dtype(op, "boundary_prob", prob, at::kFloat);
+    check_dtype(op, "natural", natural, at::kBool);
+    check_shape(op, "natural", natural, {B, L});
+    check_dtype(op, "index", index, at::kInt);
+    check_shape(op, "index", index, {h.size(0)});
+    check_dtype(op, "cu_seqlens", cu_seqlens, at::kInt);
+    check_shape(op, "cu_seqlens", cu_seqlens, {B + 1});
+    p.h = h.const_data_ptr();
+    p.h_type = p.residual_type = type_of(op, "h", h);
+    p.prob = prob.const_data_ptr<float>();
+    p.natural = natural.const_data_ptr<bool>();
+    p.index = index.const_data_ptr<int32_t>();
+    p.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
+    p.B = B, p.H = H, p.W = W, p.T = h.size(0), p.D = h.size(1), p.sigma = sigma;
+  }
+};
+
+std::tuple<Tensor, Tensor> dechunk(const Tensor& h, const Tensor& prob, const Tensor& natural, const Tensor& index,
+                                   const Tensor& cu_seqlens, const Tensor& residual, int64_t H, int64_t W, double sigma,
+                                   bool keep) {
+  const char* op = "dechunk";
+  const Place place(op, {{"h", &h}, {"boundary_prob", &prob}, {"natural", &natural}, {"index", &index},
+                         {"cu_seqlens", &cu_seqlens}, {"residual", &residual}});
+  Dechunk d(op, h, prob, natural, index, cu_seqlens, H, W, sigma);
+  check_shape(op, "residual", residual, {d.p.B, H * W, d.p.D});
+  const Tensor residual_ = residual.contiguous();
+  Tensor out = at::empty({d.p.B, H * W, d.p.D}, h.options().dtype(at::kFloat));
+  Tensor smooth = at::empty({keep ? d.p.T : 0, d.p.D}, out.options());
+  d.p.residual = residual_.const_data_ptr();
+  d.p.residual_type = type_of(op, "residual", residual_);
+  d.p.out = out.mutable_data_ptr<float>();
+  d.p.smooth = keep ? smooth.mutable_data_ptr<float>() : nullptr;
+  const Tensor workspace = place.workspace(gpu::dechunk_workspace(d.p, false));
+  need(gpu::dechunk_forward(d.p, workspace.data_ptr(), place.stream()));
+  return {out, smooth};
+}
+
+std::tuple<Tensor, Tensor> dechunk_backward(const Tensor& grad, const Tensor& h, const Tensor& prob, const Tensor& natural,
+                                            const Tensor& index, const Tensor& cu_seqlens, const Tensor& smooth, int64_t H,
+                                            int64_t W, double sigma) {
+  const char* op = "dechunk_backward";
+  const Place place(op, {{"h", &h}, {"grad", &grad}, {"boundary_prob", &prob}, {"natural", &natural}, {"index", &index},
+                         {"cu_seqlens", &cu_seqlens}, {"smooth", &smooth}});
+  Dechunk d(op, h, prob, natural, index, cu_seqlens, H, W, sigma);
+  check_shape(op, "grad", grad, {d.p.B, H * W, d.p.D});
+  check_dtype(op, "grad", grad, at::kFloat);
+  check_shape(op, "smooth", smooth, h.sizes());
+  check_dtype(op, "smooth", smooth, at::kFloat);
+  const Tensor grad_ = grad.contiguous(), smooth_ = smooth.contiguous();
+  Tensor dh = at::empty(d.h.sizes(), d.h.options()), dprob = at::empty(d.prob.sizes(), d.prob.options());
+  if (d.p.D == 0 || d.p.T == 0) dprob.zero_();
+  d.p.grad = grad_.const_data_ptr<float>();
+  d.p.smooth = const_cast<float*>(smooth_.const_data_ptr<float>());  // only read backward
+  d.p.dh = dh.mutable_data_ptr();
+  d.p.dprob = dprob.mutable_data_ptr<float>();
+  const Tensor workspace = place.workspace(gpu::dechunk_workspace(d.p, true));
+  need(gpu::dechunk_backward(d.p, workspace.data_ptr(), place.stream()));
+  return {dh, dprob};
+}
+
+}  // namespace
+}  // namespace dcdit
+
+TORCH_LIBRARY_IMPL(dcdit, CUDA, m) {
+  m.impl("select", &dcdit::select);
+  m.impl("gather_tokens", &dcdit::gather_tokens);
+  m.impl("gather_tokens_backward", &dcdit::gather_tokens_backward);
+  m.impl("nearest", &dcdit::nearest);
+  m.impl("dechunk", &dcdit::dechunk);
+  m.impl("dechunk_backward", &dcdit::dechunk_backward);
+}
