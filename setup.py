@@ -42,14 +42,18 @@ def extension(cpp):
         return Extension("model.ops._C", sources)
     # Compiled for OpenMP but not linked to a runtime: at::parallel_for must use the one torch has loaded.
     flags = {"cxx": ["-O3"] + (["-fopenmp"] if sys.platform == "linux" else [])}
-    kind, gpu = cpp.CppExtension, sorted(glob.glob("csrc/cuda/*.cu") + glob.glob("csrc/cuda/*.cpp"))
-    if gpu and (cpp.CUDA_HOME or cpp.ROCM_HOME) and (cpp.torch.version.cuda or cpp.torch.version.hip):
-        kind, sources = cpp.CUDAExtension, sources + gpu
-        flags["cxx"].append("-DDCDIT_WITH_GPU")
+    kind = cpp.CppExtension
+    cuda, hip = version_of(cpp.torch.version.cuda), version_of(cpp.torch.version.hip)
+    if (cpp.CUDA_HOME or cpp.ROCM_HOME) and (cuda or hip):
+        kind = cpp.CUDAExtension
+        sources += ["csrc/bindings_cuda.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))]
         flags["nvcc"] = ["-O3"]
         if not cpp.torch.cuda.is_available():  # else torch builds for the GPU that is there
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-            os.environ.setdefault("PYTORCH_ROCM_ARCH", "gfx90a;gfx942")
+            # The last of each list only where the compiler knows it.
+            cuda_archs = "8.0;9.0;10.0+PTX" if cuda >= (12, 8) else "8.0;9.0+PTX"
+            hip_archs = "gfx90a;gfx942;gfx950" if hip >= (7,) else "gfx90a;gfx942"
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs)
+            os.environ.setdefault("PYTORCH_ROCM_ARCH", hip_archs)
     return kind("model.ops._C", sources, depends=depends, extra_compile_args=flags)
 
 
