@@ -6,6 +6,7 @@ dcdit prepare photos --to data/photos
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -111,17 +112,41 @@ def _images_parser(commands) -> None:
     images.set_defaults(run=_images)
 
 
-def _bar(unit: str) -> tqdm:
-    return tqdm(total=0, desc=f"{unit}s", unit=unit, file=sys.stderr, leave=False, delay=0.3)
+class _Progress:
+    """A bar on a terminal; in a job's log, a line now and then."""
+
+    SECONDS = 30.0
+
+    def __init__(self, unit: str):
+        self.unit, self.begin = unit, time.monotonic()
+        self.told, self.first = self.begin, None
+        self.bar = tqdm(
+            total=0, desc=f"{unit}s", unit=unit, file=sys.stderr, leave=False, delay=0.3, disable=None
+        )
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def __call__(self, done: int, total: int, skipped: int = 0) -> None:
+        note, now = f", {skipped} skipped" if skipped else "", time.monotonic()
+        if not self.bar.disable:
+            self.bar.total = total
+            self.bar.set_postfix_str(note.removeprefix(", "), refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif now - self.told >= self.SECONDS:
+            if self.first is None:  # what a former run did is not this one's speed
+                self.first = done, now
+            made, seconds = done - self.first[0], now - self.first[1]
+            speed = f", {made / seconds:.0f} per second" if made else ""
+            print(f"{self.unit}s: {done} of {total}{speed}{note}", file=sys.stderr, flush=True)
+            self.told = now
 
 
 def _photos(args: argparse.Namespace) -> None:
-    with _bar("crop") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with _Progress("crop") as progress:
         manifest, written = write_photos(
             args.to, args.samples_per_class, args.size, args.seed, args.overwrite, progress
         )
@@ -150,14 +175,7 @@ def _images(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     try:
-        with _bar("image") as bar:
-
-            def progress(seen: int, total: int, skipped: int) -> None:
-                bar.total = total
-                bar.update(seen - bar.n)
-                if skipped:
-                    bar.set_postfix_str(f"{skipped} skipped")
-
+        with _Progress("image") as progress:
             manifest, written, skipped = prepare_images(options, progress)
     except KeyboardInterrupt:
         print("interrupted: finished parts are kept, the same command goes on", file=sys.stderr)
