@@ -91,29 +91,22 @@ class DCDiT(Pretrained, nn.Module):
 
     @torch.no_grad()
     def calibrate_router(self, x: Tensor, t: Tensor, y: Tensor) -> float:
-        """Set the scorer's bias so that a share 1/N of this batch's logits is positive.
+        """Start the router at the target ratio: on this batch, a share 1/N of its logits is positive.
 
-        Returns the share of positive logits before. The release starts at 2 to 17 tokens of 1024; this starts
-        at the target. The cosine router has no bias to set: only its share is returned. Call it before the
-        model is sharded, with the same batch on every rank.
+        The spatial router begins as a local-mean predictor, its logits with unit deviation (see SpatialRouter);
+        the release begins with random filters and 2 to 17 tokens of 1024. Returns the share of positive logits
+        before. The cosine router has nothing to set: only its share is returned. Call it before the model is
+        sharded, with the same batch on every rank.
         """
         grid = check_inputs(self.config, x, t, y)
-        scores: list[Tensor] = []
-        if isinstance(self.router, SpatialRouter):
-            hook = self.router.scorer.register_forward_hook(lambda module, args, out: scores.append(out))
-        else:
-            hook = self.router.register_forward_hook(lambda module, args, out: scores.append(out - 0.5))
-        try:
-            c_BD = self.t_embedder(t) + self.y_embedder(y)
-            self.router(self.encoder(self.x_embedder(x), c_BD, grid), grid)
-        finally:
-            hook.remove()
-        logits = scores[0].float().flatten().sort(descending=True).values
-        share = (logits > 0).float().mean().item()
-        if isinstance(self.router, SpatialRouter):
-            keep = min(max(round(logits.numel() / self.config.target_ratio), 1), logits.numel() - 1)
-            # Half-way between the last logit that stays and the first that goes.
-            self.router.scorer[3].bias -= (logits[keep - 1] + logits[keep]) / 2
+        c_BD = self.t_embedder(t) + self.y_embedder(y)
+        x_BLD = self.encoder(self.x_embedder(x), c_BD, grid)
+        if not isinstance(self.router, SpatialRouter):
+            return (self.router(x_BLD, grid) > 0.5).float().mean().item()
+        share = (self.router.logits(x_BLD, grid) > 0).float().mean().item()
+        self.router.start_from_local_mean()
+        logits = self.router.logits(x_BLD, grid)
+        self.router.rescale(logits, round(logits.numel() / self.config.target_ratio))
         return share
 
     def _positions(self, grid: Grid) -> Tensor:

@@ -51,12 +51,40 @@ class SpatialRouter(nn.Module):
 
     def forward(self, x_BLD: Tensor, grid: Grid) -> Tensor:
         with torch.autocast(x_BLD.device.type, enabled=False):
-            z_BRHW = self.project(tokens_to_image(at_least_float32(x_BLD), grid))
-            logit_B1HW = self.scorer(z_BRHW - self.predictor(z_BRHW))
-            return force_ends(logit_B1HW.flatten(1).sigmoid())
+            return force_ends(self.logits(x_BLD, grid).sigmoid())
+
+    def logits(self, x_BLD: Tensor, grid: Grid) -> Tensor:
+        """The scores (B, L) float32 before the sigmoid."""
+        z_BRHW = self.project(tokens_to_image(at_least_float32(x_BLD), grid))
+        return self.scorer(z_BRHW - self.predictor(z_BRHW)).flatten(1)
 
     def reset(self) -> None:
         nn.init.constant_(self.scorer[3].bias, SCORER_BIAS)
+
+    @torch.no_grad()
+    def start_from_local_mean(self) -> None:
+        """Begin as what the router is meant to become: z_hat the mean of the 3x3 neighbourhood, and a logit that
+        grows with what it misses. With random filters z - z_hat is mostly each channel's mean, which GroupNorm
+        then keeps while the encoder's first steps make it larger: all logits end up alike and the retained share
+        jumps between 0 and 1 (benchmarks/router_start.py)."""
+        channels = torch.arange(self.predictor.out_channels)
+        self.predictor.weight.zero_()
+        self.predictor.weight[channels, channels] = 1 / 9
+        self.predictor.bias.zero_()
+        self.scorer[3].weight.abs_()
+
+    @torch.no_grad()
+    def rescale(self, logits: Tensor, keep: int) -> None:
+        """Give `logits`, the scores of a batch, unit deviation and exactly `keep` positive ones.
+
+        Spread-out logits make the retained share answer gently to a step of the optimizer."""
+        ordered = logits.float().flatten().sort(descending=True).values
+        keep = min(max(keep, 1), ordered.numel() - 1)
+        middle = (ordered[keep - 1] + ordered[keep]) / 2  # between the last that stays and the first that goes
+        scale = 1 / ordered.std().clamp(min=1e-6)
+        last = self.scorer[3]
+        last.weight *= scale
+        last.bias.copy_((last.bias - middle) * scale)
 
 
 class CosineRouter(nn.Module):

@@ -221,8 +221,7 @@ class Trainer:
         x_t = self.process.add_noise(batch["image"], batch["noise"], t)
         with torch.no_grad():
             share = model.calibrate_router(x_t, self.process.model_time(t), batch["label"])
-        state = self.world.broadcast({k: v for k, v in model.router.state_dict().items() if "bias" in k})
-        model.router.load_state_dict(state, strict=False)
+        model.router.load_state_dict(self.world.broadcast(model.router.state_dict()))
         return share
 
     def _loader(self, start: int, rank: int, size: int, micro: int, workers: int) -> Any:
@@ -255,7 +254,7 @@ class Trainer:
         kept = (
             ""
             if self.start_share is None
-            else f", router bias calibrated (kept {self.start_share:.2%} before)"
+            else f", router started at 1/N (kept {self.start_share:.2%} before)"
         )
         start = f"resumed from {self.resume}" if self.resume else f"new run{kept}"
         self._say(
