@@ -228,7 +228,7 @@ def test_a_grid_too_wide_is_refused_by_name(kernels):
 
 
 def test_an_image_without_tokens_keeps_its_residual(kernels):
-    case = Case((2, 4, 6, 8, 0.4, 1.0, 0.0))
+    case = Case((2, 19, 6, 8, 0.4, 1.0, 0.0))
     first = int(case.s.cu_seqlens[1])
     case.maps = (case.s.natural, case.index[:first], torch.tensor([0, first, first], dtype=torch.int32))
     case.h = case.h[:first]
@@ -246,7 +246,10 @@ def test_same_bits_whatever_the_order_of_threads(kernels):
 
 def test_values_of_the_emulated_half_precision(kernels):
     edges = [0.0, -0.0, 7e4, 65519.0, 65520.0, float("inf"), -float("inf"), float("nan")]
-    x = torch.cat([torch.randn(4000) * 10.0 ** torch.randint(-9, 5, (4000,)), torch.tensor(edges)])
+    ties = 1 + torch.arange(256) / 256
+    x = torch.cat(
+        [torch.randn(4000) * 10.0 ** torch.randint(-9, 5, (4000,)), torch.tensor(edges), ties, 1 + ties / 8]
+    )
     for dtype in NARROW[1:]:
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[None, :, None]
         index = torch.arange(every.shape[1], dtype=torch.int32)
