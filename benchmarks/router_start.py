@@ -2,8 +2,8 @@
 
     python benchmarks/router_start.py [--steps 120] [--data runs/photos]
 
-``released``: random filters, scorer bias -1.1. ``bias``: the same with only the bias moved, so that the share is 1/N on
-the first batch. ``local mean``: what ``DCDiT.calibrate_router`` does. All three see the same images and noise; the model is
+``released``: random filters, scorer bias -1.1. ``bias``: the same with only the bias moved, so that the share is 1/N
+on the first batch. ``local mean``: what ``DCDiT.calibrate_router`` does. All three see the same images and noise; it is
 DC-DiT-Ti, batch 16, AdamW 3e-4. "swing" is the largest share less the smallest over the last half of the steps.
 """
 
