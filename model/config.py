@@ -6,6 +6,7 @@ made, and survive a trip through JSON (`to_dict`, `from_dict`).
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 
 from model.errors import UserError
@@ -13,6 +14,7 @@ from model.errors import UserError
 ROUTERS = ("spatial", "cosine")
 ATTENTION_BACKENDS = ("auto", "flash3", "flash2", "torch_varlen", "sdpa")
 OPS_BACKENDS = ("auto", "native", "triton", "torch")
+PACKINGS = ("exact", "capacity")
 PATCH_SIZES = (2, 4, 8)
 
 
@@ -24,7 +26,9 @@ class DCDiTConfig:
     decoder (1: E = D). in_channels: C. num_classes: K; label K is the null class. input_size: (H, W) whose
     position table is stored; an int n means (n, n); the forward pass takes any H x W. target_ratio: N,
     mean tokens per retained token. dechunk_sigma: width of the smoothing, in grid units (1.0 at 32 x 32,
-    2.0 at 64 x 64). allow_narrow_encoder: accept E = 32, where GroupNorm(32) cancels the conditioning of
+    2.0 at 64 x 64). packing: "exact", as many packed rows as the router chose, or "capacity", always
+    ceil(capacity_factor * B * L / N) rows: no host read, the least probable tokens of the batch go where they
+    do not fit. allow_narrow_encoder: accept E = 32, where GroupNorm(32) cancels the conditioning of
     encoder and decoder exactly; only for checkpoints that were made so.
     """
 
@@ -40,6 +44,8 @@ class DCDiTConfig:
     router: str = "spatial"
     target_ratio: float = 4.0
     dechunk_sigma: float = 1.0
+    packing: str = "exact"
+    capacity_factor: float = 1.25
     attention_backend: str = "auto"
     ops_backend: str = "auto"
     allow_narrow_encoder: bool = False
@@ -69,6 +75,10 @@ class DCDiTConfig:
             raise UserError(f"target_ratio={self.target_ratio!r} must be a number above 1")
         if not _number(self.dechunk_sigma) or self.dechunk_sigma <= 0:
             raise UserError(f"dechunk_sigma={self.dechunk_sigma!r} must be a positive number")
+        if self.packing not in PACKINGS:
+            raise UserError(f"packing={self.packing!r} is not one of {', '.join(PACKINGS)}")
+        if not _number(self.capacity_factor) or not 0 < self.capacity_factor < math.inf:
+            raise UserError(f"capacity_factor={self.capacity_factor!r} must be a positive number")
 
     @property
     def encoder_size(self) -> int:

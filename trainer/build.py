@@ -40,6 +40,8 @@ def model_config(config: Config, manifest: Manifest) -> DCDiTConfig | DiTConfig:
             "router": config.model.router,
             "target_ratio": config.model.target_ratio,
             "dechunk_sigma": config.model.dechunk_sigma,
+            "packing": config.model.packing,
+            "capacity_factor": config.model.capacity_factor,
             "ops_backend": config.ops.backend,
         }
     return preset(config.model.preset, **(sizes | config.model.overrides))
@@ -115,7 +117,7 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         UserError: a change that the saved state cannot go on with.
     """
     fixed = ("model.", "diffusion.", "train.global_batch_size", "run.seed")
-    free = ("model.router_start", "diffusion.time_sampling")
+    free = ("model.router_start", "model.packing", "model.capacity_factor", "diffusion.time_sampling")
     changed = [k for k in now if k in before and before[k] != now[k]]
     for key in changed:
         if key.startswith(fixed) and key not in free:

@@ -32,6 +32,8 @@ class ModelConfig:
     router: str = "spatial"
     target_ratio: float = 4.0
     dechunk_sigma: float = 1.0
+    packing: str = "exact"
+    capacity_factor: float = 1.25
     router_start: str = "calibrated"
     overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -146,6 +148,7 @@ class Config:
 
 CHOICES = {
     "model.router": ("spatial", "cosine"),
+    "model.packing": ("exact", "capacity"),
     "model.router_start": ("calibrated", "released"),
     "diffusion.kind": ("gaussian", "flow"),
     "diffusion.t0_likelihood": ("image_bins", "gaussian"),
@@ -162,7 +165,7 @@ POSITIVE = (
     "diffusion.num_timesteps", "train.total_images", "train.global_batch_size", "train.micro_batch_size",
     "train.ratio_group", "optimizer.lr", "optimizer.eps", "optimizer.clip", "parallel.replicate",
     "parallel.timeout_minutes", "checkpoint.every", "checkpoint.keep_last", "eval.every", "eval.count",
-    "eval.batch_size", "log.every", "model.dechunk_sigma",
+    "eval.batch_size", "log.every", "model.dechunk_sigma", "model.capacity_factor",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "data.num_workers", "data.max_errors", "train.ratio_weight", "train.tail_drop_after", "optimizer.weight_decay",
