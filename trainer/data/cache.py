@@ -93,7 +93,7 @@ class Limit:
             for path in Path(self.folder).rglob("*"):
                 with contextlib.suppress(FileNotFoundError):
                     stat = path.stat()
-                    if path.is_file() and not path.name.startswith("."):
+                    if path.is_file() and path.name != "index.json" and not path.name.startswith("."):
                         files.append((stat.st_mtime_ns, stat.st_size, path))
             total = sum(file[1] for file in files)
             for _, had, path in sorted(files):

@@ -105,10 +105,10 @@ class MDSSource(Source):
             os.remove(path)
         return bool(found)
 
-    def _hash_damage(self, number: int, path: str) -> str:
+    def _hash_damage(self, number: int, file: int) -> str:
         algorithm = self._stream.validate_hash
         hashes = self._shards[number].raw_data.hashes
-        if algorithm and hashes[algorithm] != file_hash(algorithm, path):
+        if algorithm and hashes[algorithm] != file_hash(algorithm, file):
             return f"its {algorithm} is not the one in its index"
         return ""
 

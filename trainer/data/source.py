@@ -22,7 +22,7 @@ from trainer.data.cache import Limit, locked
 from trainer.data.manifest import Manifest
 
 OPEN_FILES = 256  # shard files a process keeps open for each source
-TRIES = 3  # openings of a shard that others remove meanwhile
+TRIES, REFUSALS = 20, 2  # fetches of a shard that others remove meanwhile, or that is not there to fetch
 
 
 class Unreadable(UserError):
@@ -48,16 +48,17 @@ class Place:
         return self.local == self.location
 
 
-def file_hash(algorithm: str, path: str) -> str:
-    """Hex digest of a file, by xxhash or hashlib."""
+def file_hash(algorithm: str, file: str | int) -> str:
+    """Hex digest of a file, given its path or its descriptor, by xxhash or hashlib."""
     if algorithm.startswith("xxh"):
         import xxhash
 
         digest = getattr(xxhash, algorithm)()
     else:
         digest = hashlib.new(algorithm)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
+    with open(file, "rb", closefd=isinstance(file, str)) as stream:
+        stream.seek(0)  # a descriptor may have been read before
+        while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
 
@@ -101,8 +102,8 @@ class Source(ABC):
         """Make the unpacked file. Raises Unreadable for wrong bytes, anything for what may pass."""
 
     @abstractmethod
-    def _hash_damage(self, number: int, path: str) -> str:
-        """What is wrong with the bytes of an unpacked shard of the right size, or ''."""
+    def _hash_damage(self, number: int, file: int) -> str:
+        """What is wrong with the bytes of an open shard of the right size, or ''."""
 
     @abstractmethod
     def _renewable(self, number: int) -> bool:
@@ -149,7 +150,8 @@ class Source(ABC):
             return self._decode(number, place, file, layout)
         except (ValueError, IndexError, KeyError, OSError) as error:
             what = " ".join(str(error).split()) or type(error).__name__
-            raise Unreadable(
+            kind = UserError if isinstance(error, OSError) else Unreadable  # a disk that fails may come back
+            raise kind(
                 f"data {self.location}: sample {place} of {self.split}/{self._raw(number)[0]} cannot be read "
                 f"({what}): prepare or fetch the data again"
             ) from error
@@ -171,19 +173,7 @@ class Source(ABC):
         if number in self._files:
             self._files.move_to_end(number)
             return self._files[number]
-        for attempt in range(TRIES):
-            if number not in self._whole or not os.path.isfile(self.path(number)):
-                self._prepare(number)
-                self._whole.add(number)
-            try:
-                file = os.open(self.path(number), os.O_RDONLY)
-                break
-            except FileNotFoundError:  # removed by another process, for want of room
-                if attempt == TRIES - 1:
-                    raise UserError(
-                        f"data.cache_limit: shards are removed as fast as they are fetched to "
-                        f"{self.place.local}: give a larger limit"
-                    ) from None
+        file = self._open(number)
         if self._limit:  # an open file takes up room after it is removed
             for other in [n for n, (f, _) in self._files.items() if not os.fstat(f).st_nlink]:
                 os.close(self._files.pop(other)[0])
@@ -202,35 +192,64 @@ class Source(ABC):
             "copy the data set again or prepare it again"
         )
 
-    def _damage(self, number: int) -> str:
-        """What is wrong with the unpacked file of a shard, or ''."""
-        path, (_, wanted) = self.path(number), self._raw(number)
-        size = os.path.getsize(path)
-        if wanted and size != wanted:
-            return f"{size} bytes where its index says {wanted}"
-        return self._hash_damage(number, path)
-
-    def _prepare(self, number: int) -> None:
-        """Fetch, unpack and check a shard; unless it lies there whole already."""
+    def _open(self, number: int) -> int:
+        """Open a shard that is whole; fetched and unpacked if need be."""
         if number in self._damaged:
             raise self._unreadable(number, self._damaged[number])
-        path = self.path(number)
         try:
-            if os.path.isfile(path) and not self._damage(number):
-                return
-            with locked(os.path.dirname(path), number):
-                if os.path.isfile(path) and self._damage(number) and self._renewable(number):
-                    os.remove(path)
-                if not os.path.isfile(path):
-                    self._fetch_with_room(number)
-                damage = self._damage(number)
+            file, damage = self._check(number)
+            if file is None:
+                with locked(os.path.dirname(self.path(number)), number):
+                    file, damage = self._mend(number)
         except Unreadable as error:
-            damage = str(error)
+            file, damage = None, str(error)
+        except UserError:
+            raise
         except Exception as error:  # the downloaders raise what their cloud's library raises
             raise self._unreadable(number, str(error) or type(error).__name__, UserError) from error
-        if damage:
+        if file is None:
             self._damaged[number] = damage
             raise self._unreadable(number, damage)
+        self._whole.add(number)
+        return file
+
+    def _mend(self, number: int) -> tuple[int | None, str]:
+        """`_check` of a shard that was not there or not whole, made anew where that can be."""
+        missing: Exception = UserError(
+            f"data.cache_limit: shards are removed from {self.place.local} as fast as they are fetched: "
+            "give a larger limit"
+        )
+        refused = 0
+        for _ in range(TRIES):
+            file, damage = self._check(number)
+            if file is not None or (damage and not self._renewable(number)):
+                return file, damage
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.path(number))
+            try:
+                self._fetch_with_room(number)
+            except FileNotFoundError as error:  # not there, or removed by another process for want of room
+                missing, refused = error, refused + 1
+                if refused == REFUSALS:
+                    break
+        file, damage = self._check(number)
+        if file is None and not damage:
+            raise missing
+        return file, damage
+
+    def _check(self, number: int) -> tuple[int | None, str]:
+        """(the open file, "") of a whole unpacked shard; (None, what is wrong with it), "" if it is not there."""
+        try:
+            file = os.open(self.path(number), os.O_RDONLY)
+        except FileNotFoundError:
+            return None, ""
+        size, wanted = os.fstat(file).st_size, self._raw(number)[1]
+        damage = f"{size} bytes where its index says {wanted}" if wanted and size != wanted else ""
+        if not damage and number not in self._whole:
+            damage = self._hash_damage(number, file)
+        if damage:
+            os.close(file)
+        return (None, damage) if damage else (file, "")
 
     def _fetch_with_room(self, number: int) -> None:
         if self._limit:

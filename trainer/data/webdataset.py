@@ -88,11 +88,11 @@ class WebDatasetSource(Source):
             raise Unreadable("missing")
         _copy(f"{self.location}/{self.split}/{name}", path, self.place.remote)
 
-    def _hash_damage(self, number: int, path: str) -> str:
+    def _hash_damage(self, number: int, file: int) -> str:
         shard = self._shards[number]
         for key, algorithm in (("xxh64", "xxh64"), ("md5sum", "md5")):
             if shard.get(key):
-                bad = file_hash(algorithm, path) != shard[key]
+                bad = file_hash(algorithm, file) != shard[key]
                 return f"its {algorithm} is not the one in its index" if bad else ""
         return ""
 
@@ -110,6 +110,7 @@ class WebDatasetSource(Source):
             if found["stamp"] == stamp:
                 return found["samples"]
         with open(file, "rb", closefd=False) as stream:
+            stream.seek(0)
             samples = index_tar(stream)
         if len(samples) != self.shard_sizes[number]:
             raise ValueError(f"{len(samples)} samples where its index says {self.shard_sizes[number]}")
@@ -165,8 +166,11 @@ def _picture(data: bytes, channels: int) -> np.ndarray:
     """An encoded picture as uint8 (C, H, W), RGB for three channels and grey for one."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as picture:
-        pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    except Exception as error:  # what PIL's decoders raise on bad bytes is not a short list
+        raise ValueError(str(error) or type(error).__name__) from error
     return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
 
 
