@@ -1,7 +1,7 @@
 // De-chunk backward in gather form: no float atomics, every sum in a fixed order, so the same bits on every run.
 // With g the gradient on the grid, a_i = sum of g over the places that token i fills; u_j = sum_i K_ij (1 - p_i) / d_i a_i;
-// dh_j = p_j (a_j + u_j). Of dp: the gate at each place, and at a token h.(a + u) - s.a less the window's sum of
-// (1 - p) / d s.a. Three kernels over the data, two small ones over the sums.
+// dh_j = p_j (a_j + u_j). Of dp: the gate at each place, and at a token (h - s).a + h.u less the window's sum of
+// (1 - p) / d s.a. Two kernels over the data, two small ones over the sums.
 #include "band.h"
 #include "launch.h"
 
@@ -13,15 +13,17 @@ constexpr int kFlight = 4;
 constexpr int kLargeCell = 64;  // places from which a cell is work for a whole block
 constexpr int kSumThreads = 512;
 
+// Of one token: (h - s).a, the blend's part of dp, and s.a.
 struct alignas(8) Terms {
-  float weight, cell;
+  float blend, cell;
 };
 
 struct Sums {
-  float* a;        // (T, D) gradient of each token's cell
-  float* gate;     // (slices, B*L) of one slice: gradient times the row filled in
-  Terms* terms;    // (slices, T) of one slice: h.(a + u) - s.a, and s.a
-  float* per_token;  // (T,) the first of these over all slices
+  float* a;          // (T, D) gradient of each token's cell
+  float* gate;       // (slices, B*L) of one slice: gradient times the row filled in
+  Terms* terms;      // (slices, T) of one slice
+  float* weight;     // (slices, T) of one slice: h.u
+  float* per_token;  // (T,) blend and weight over all slices
 };
 
 struct Backward {
@@ -54,56 +56,71 @@ __device__ __forceinline__ Four collect(const Backward& args, const Four& row, i
   return sum;
 }
 
-// a and the gate's terms: a group a token, or the whole block together where a token fills many places.
+// The slice of one token that a thread holds.
 template <class Number, bool kWide>
-__global__ void __launch_bounds__(kThreads) collect_cells(Backward args) {
+struct Token {
+  int64_t at;
+  Four h, s, row;  // the row that fills its places: p h + (1 - p) s
+
+  __device__ Token(const Backward& args, int t, int64_t c0, int n) : at(t * args.p.D + c0) {
+    h = read<kWide>(static_cast<const Number*>(args.p.h) + at, n);
+    s = read<kWide>(reinterpret_cast<const F32*>(args.p.smooth) + at, n);
+    row = h.times(args.plan.p[t]);
+    row.add(1.0f - args.plan.p[t], s);
+  }
+  __device__ void finish(const Backward& args, const Four& a, int n, int lane, Terms* terms) const {
+    write<kWide>(a, n, reinterpret_cast<F32*>(args.sums.a) + at);
+    const float h_a = group_sum(h.dot(a)), s_a = group_sum(s.dot(a));
+    if (lane == 0) *terms = Terms{h_a - s_a, s_a};
+  }
+};
+
+// a, the gate's terms and the blend's: a group a token, or the whole block together where a token fills many places.
+template <class Number, bool kWide>
+__global__ void __launch_bounds__(kThreads, 4) collect_cells(Backward args) {
   __shared__ Four parts[kThreads];
   __shared__ int any_large;
   const DechunkParams& p = args.p;
   const unsigned slices = unsigned((p.D + kSlice - 1) / kSlice), slice = blockIdx.x % slices;
   const int group = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
-  const int64_t c0 = int64_t(slice) * kSlice + lane * 4, D = p.D;
-  const int n = int(D - c0), t0 = int(blockIdx.x / slices) * kGroups;
+  const int64_t c0 = int64_t(slice) * kSlice + lane * 4;
+  const int n = int(p.D - c0), t0 = int(blockIdx.x / slices) * kGroups;
   float* gate = args.sums.gate + slice * (p.B * p.H * p.W);
-  F32* a = reinterpret_cast<F32*>(args.sums.a);
-  const Number* h = static_cast<const Number*>(p.h);
-  const F32* smooth = reinterpret_cast<const F32*>(p.smooth);
-  const auto filled_in = [&](int t) {
-    const float prob = args.plan.p[t];
-    Four row = read<kWide>(h + t * D + c0, n).times(prob);
-    row.add(1.0f - prob, read<kWide>(smooth + t * D + c0, n));
-    return row;
-  };
+  Terms* terms = args.sums.terms + slice * p.T;
 
   if (threadIdx.x == 0) any_large = 0;
   __syncthreads();
   const int t = t0 + group;
-  const Range cell = t < p.T ? args.plan.cell[t] : Range{0, 0};
-  if (cell.end - cell.begin > kLargeCell) {
-    any_large = 1;
-  } else if (cell.end > cell.begin) {
-    const Four sum = collect<kWide>(args, filled_in(t), cell.begin, cell.end, 1, c0, n, lane, gate);
-    write<kWide>(sum, n, a + t * D + c0);
+  if (t < p.T) {
+    const Range cell = args.plan.cell[t];
+    if (cell.end - cell.begin > kLargeCell) {
+      any_large = 1;
+    } else if (cell.end > cell.begin) {  // not padding
+      const Token<Number, kWide> token(args, t, c0, n);
+      const Four a = collect<kWide>(args, token.row, cell.begin, cell.end, 1, c0, n, lane, gate);
+      token.finish(args, a, n, lane, terms + t);
+    }
   }
   __syncthreads();
   if (!any_large) return;
   for (int k = t0; k < least<int64_t>(t0 + kGroups, p.T); ++k) {
     const Range large = args.plan.cell[k];
     if (large.end - large.begin <= kLargeCell) continue;
-    parts[threadIdx.x] =
-        collect<kWide>(args, filled_in(k), large.begin + group, large.end, kGroups, c0, n, lane, gate);
+    const Token<Number, kWide> token(args, k, c0, n);
+    parts[threadIdx.x] = collect<kWide>(args, token.row, large.begin + group, large.end, kGroups, c0, n, lane, gate);
     __syncthreads();
     if (group == 0) {
-      Four sum = parts[lane];
-      for (int j = 1; j < kGroups; ++j) sum.add(parts[j * kLanes + lane]);
-      write<kWide>(sum, n, a + k * D + c0);
+      Four a = parts[lane];
+      for (int j = 1; j < kGroups; ++j) a.add(parts[j * kLanes + lane]);
+      token.finish(args, a, n, lane, terms + k);
     }
     __syncthreads();
   }
 }
 
+// u, dh and the weights' terms.
 template <class Number, int kRows, bool kWide>
-__global__ void __launch_bounds__(kThreads) spread_band(Backward args) {
+__global__ void __launch_bounds__(kThreads, 3) spread_band(Backward args) {
   DCDIT_DYNAMIC_SHARED(shared);
   const DechunkParams& p = args.p;
   const Band<kRows> band(p, args.plan, 0, shared);
@@ -113,9 +130,8 @@ __global__ void __launch_bounds__(kThreads) spread_band(Backward args) {
   if (band.tokens.begin == band.tokens.end) return;
 
   const F32* a = reinterpret_cast<const F32*>(args.sums.a);
-  const F32* smooth = reinterpret_cast<const F32*>(p.smooth);
   const Number* h = static_cast<const Number*>(p.h);
-  Terms* terms = args.sums.terms + band.slice * p.T;
+  float* weight = args.sums.weight + band.slice * p.T;
   fill_tables(band, p.sigma);
   __syncthreads();
   sum_columns(band, args.plan,
@@ -124,26 +140,27 @@ __global__ void __launch_bounds__(kThreads) spread_band(Backward args) {
   for (int t = band.tokens.begin + band.group; t < band.tokens.end; t += kGroups) {
     const Four a_t = read<kWide>(a + band.at(t), band.n);
     const Four h_t = read<kWide>(h + band.at(t), band.n);
-    const Four s_t = read<kWide>(smooth + band.at(t), band.n);
-    Four both = sum_row(band, place_of(p, band.b, t));
-    both.add(a_t);
-    write<kWide>(both.times(args.plan.p[t]), band.n, dh + band.at(t));
-    const float s_a = group_sum(s_t.dot(a_t)), h_both = group_sum(h_t.dot(both));
-    if (band.lane == 0) terms[t] = Terms{h_both - s_a, s_a};
+    Four u = sum_row(band, place_of(p, band.b, t));
+    const float h_u = group_sum(h_t.dot(u));
+    u.add(a_t);
+    write<kWide>(u.times(args.plan.p[t]), band.n, dh + band.at(t));
+    if (band.lane == 0) weight[t] = h_u;
   }
 }
 
 // Over the slices, in their order: the gate of every place; at tokens also the other terms.
 __global__ void __launch_bounds__(kSumThreads) sum_slices(Backward args) {
   const DechunkParams& p = args.p;
-  const int64_t L = p.H * p.W, places = p.B * L, i = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
-  if (i >= places) return;
+  const int L = int(p.H * p.W), places = int(p.B) * L;
+  const unsigned at = blockIdx.x * kSumThreads + threadIdx.x;
+  if (at >= unsigned(places)) return;
+  const int i = int(at);
   const int slices = int((p.D + kSlice - 1) / kSlice);
   const Range image = image_rows(p, i / L);
   float gate = 0.0f;
   if (image.begin < image.end)
 #pragma unroll 8
-    for (int k = 0; k < slices; ++k) gate += args.sums.gate[k * places + i];
+    for (int k = 0; k < slices; ++k) gate += args.sums.gate[int64_t(k) * places + i];
   p.dprob[i] = p.natural[i] ? gate : -gate;
   const int t = args.plan.slot[i];
   float cell = 0.0f;
@@ -152,7 +169,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_slices(Backward args) {
 #pragma unroll 4
     for (int k = 0; k < slices; ++k) {
       const Terms term = args.sums.terms[k * p.T + t];
-      weight += term.weight;
+      weight += term.blend + args.sums.weight[k * p.T + t];
       cell += term.cell;
     }
     args.sums.per_token[t] = weight;
@@ -190,6 +207,7 @@ Backward carve_backward(const DechunkParams& p, Carve& carve) {
   args.sums.a = carve.take<float>(p.T * p.D);
   args.sums.gate = carve.take<float>(slices(p) * p.B * p.H * p.W);
   args.sums.terms = carve.take<Terms>(slices(p) * p.T);
+  args.sums.weight = carve.take<float>(slices(p) * p.T);
   args.sums.per_token = carve.take<float>(p.T);
   return args;
 }

@@ -14,6 +14,7 @@
 #include <hip/hip_runtime.h>
 #define DCDIT_HIP 1
 #else
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #endif
@@ -85,7 +86,7 @@ __device__ __forceinline__ float float_of(uint32_t u) {
   return both.f;
 }
 
-// Element types as stored. bfloat16 by its bits, so that no vendor's header for it is needed.
+// Element types as stored.
 struct F32 {
   uint32_t bits;
 };
@@ -108,9 +109,13 @@ __device__ __forceinline__ float widen(F16 v) {
 
 __device__ __forceinline__ void narrow(float x, F32& to) { to.bits = bits_of(x); }
 __device__ __forceinline__ void narrow(float x, BF16& to) {
+#if !defined(DCDIT_EMULATE) && !defined(DCDIT_HIP)
+  to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#else  // by its bits: not every HIP has a header for it
   const uint32_t u = bits_of(x);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
   to.bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+#endif
 }
 __device__ __forceinline__ void narrow(float x, F16& to) {
 #if defined(DCDIT_EMULATE)
@@ -121,7 +126,7 @@ __device__ __forceinline__ void narrow(float x, F16& to) {
 }
 
 // Four neighbouring channels, what one thread works on.
-struct Four {
+struct alignas(16) Four {
   float v[4];
 
   __device__ __forceinline__ static Four zero() { return Four{{0.0f, 0.0f, 0.0f, 0.0f}}; }

@@ -10,7 +10,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kFlight = 4;  // pieces that a thread has under way at once
 
-// Piece `c` of a row: kPer elements, the whole piece inside the row.
+// What one thread moves at a time: kPer elements of a row.
 template <class Number, int kPer>
 struct alignas(kPer * sizeof(Number)) Piece {
   Number v[kPer];
@@ -27,33 +27,32 @@ __device__ __forceinline__ void add_position(Piece<Number, kPer>& piece, const f
   }
 }
 
-// A block takes `rows_each` rows of the output, so that the division by the row's length is of small numbers.
+// 2^log_team threads take a row together, so that its map entry is looked up once and nothing is divided a piece.
 template <class Number, int kPer>
-__global__ void __launch_bounds__(kThreads) copy_rows(RowsParams p, int64_t M, int64_t source_rows, int rows_each) {
+__global__ void __launch_bounds__(kThreads) copy_rows(RowsParams p, int64_t M, int64_t source_rows, int log_team) {
   using P = Piece<Number, kPer>;
-  const int pieces = int(p.D / kPer);
-  const int64_t m0 = int64_t(blockIdx.x) * rows_each;
-  const int count = int(least<int64_t>(rows_each, M - m0)) * pieces;
-  const P* x = static_cast<const P*>(p.x);
-  P* out = static_cast<P*>(p.out) + m0 * pieces;
-  for (int base = threadIdx.x; base < count; base += kThreads * kFlight) {
+  const int pieces = int(p.D / kPer), team = 1 << log_team, lane = int(threadIdx.x) & (team - 1);
+  const int64_t m = int64_t(blockIdx.x) * (kThreads >> log_team) + (int(threadIdx.x) >> log_team);
+  if (m >= M) return;
+  const int row = p.map[m];
+  const bool there = row >= 0 && row < source_rows;
+  const P* x = static_cast<const P*>(p.x) + int64_t(there ? row : 0) * pieces;
+  const float* pos = p.pos && there ? p.pos + int64_t(unsigned(row) % unsigned(p.L)) * p.D : nullptr;
+  P* out = static_cast<P*>(p.out) + m * pieces;
+  for (int base = lane; base < pieces; base += team * kFlight) {
     P piece[kFlight];
-    int64_t place[kFlight];
 #pragma unroll
     for (int f = 0; f < kFlight; ++f) {
-      const int at = base + f * kThreads;
-      const int64_t from = at < count ? p.map[m0 + at / pieces] : -1;
-      place[f] = from < source_rows ? from : -1;
+      const int at = base + f * team;
 #pragma unroll
       for (int k = 0; k < kPer; ++k) piece[f].v[k].bits = 0;
-      if (place[f] >= 0) piece[f] = x[place[f] * pieces + at % pieces];
+      if (there && at < pieces) piece[f] = x[at];
     }
 #pragma unroll
     for (int f = 0; f < kFlight; ++f) {
-      const int at = base + f * kThreads;
-      if (at >= count) break;
-      if (p.pos && place[f] >= 0)
-        add_position<Number, kPer>(piece[f], p.pos + (place[f] % p.L) * p.D + (at % pieces) * kPer);
+      const int at = base + f * team;
+      if (at >= pieces) break;
+      if (pos) add_position<Number, kPer>(piece[f], pos + int64_t(at) * kPer);
       out[at] = piece[f];
     }
   }
@@ -61,10 +60,11 @@ __global__ void __launch_bounds__(kThreads) copy_rows(RowsParams p, int64_t M, i
 
 template <class Number, int kPer>
 void start(const RowsParams& p, int64_t M, int64_t source_rows, void* stream) {
-  const int64_t pieces = p.D / kPer;
-  const int each = int(most<int64_t>(1, ceil_div(2 * kThreads * kFlight, pieces)));
+  int log_team = 3;
+  while (log_team < 8 && (int64_t(kFlight) << log_team) < p.D / kPer) ++log_team;
   auto kernel = copy_rows<Number, kPer>;
-  DCDIT_LAUNCH(kernel, dim3(ceil_div(M, each)), dim3(kThreads), 0, Stream(stream), p, M, source_rows, each);
+  const int64_t blocks = ceil_div(M, kThreads >> log_team);
+  DCDIT_LAUNCH(kernel, dim3(blocks), dim3(kThreads), 0, Stream(stream), p, M, source_rows, log_team);
 }
 
 template <class Number>
@@ -82,7 +82,8 @@ void start(const RowsParams& p, int64_t M, int64_t source_rows, void* stream) {
 
 const char* rows(const RowsParams& p, int64_t rows, int64_t source_rows, void* stream) {
   if (rows == 0 || p.D == 0) return nullptr;
-  if (p.D >= (int64_t(1) << 24)) return "gather_tokens: a row of 2**24 channels or more is beyond the GPU kernel";
+  if (p.D >= (int64_t(1) << 30) || rows >= (int64_t(1) << 31) || p.L >= (int64_t(1) << 31))
+    return "gather_tokens: the GPU kernel takes fewer than 2**30 channels and 2**31 rows; split the batch";
   switch (p.type) {
     case Type::f32: start<F32>(p, rows, source_rows, stream); break;
     case Type::bf16: start<BF16>(p, rows, source_rows, stream); break;
