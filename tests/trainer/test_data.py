@@ -70,6 +70,27 @@ def test_every_sample_is_read_back(tmp_path, compression):
             source[beyond]
 
 
+def test_columns_of_fixed_place_are_decoded_as_the_library_does(tmp_path):
+    """And those of other kinds by the library itself."""
+    source = open_source(write_data(tmp_path / "fixed", "latents"))
+    columns, size = mds._fixed_columns(source._shards[0])
+    assert [c[0] for c in columns] == ["label", "mean", "std"] and size == 8 + 2 * 2 * 60
+    for i in (0, 17, 39):
+        number, place = i // source.shard_sizes[0], i % source.shard_sizes[0]
+        wanted = source._shards[number][place]
+        assert all(np.array_equal(source[i][name], wanted[name]) for name in wanted)
+        assert source[i]["mean"].dtype == np.float16 and source[i]["label"] == i % 3
+    out = dict(
+        out=str(tmp_path / "loose" / "train"),
+        columns={"image": "ndarray:uint8:2,6,5", "label": "int", "name": "str"},
+    )
+    with mds.import_streaming().MDSWriter(**out) as writer:
+        writer.write({"image": np.full(SHAPE, 7, np.uint8), "label": 1, "name": "a name"})
+    Manifest("pixels", *SHAPE, ("a", "b"), {"train": 1}).write(tmp_path / "loose")
+    sample = open_source(tmp_path / "loose")[0]
+    assert sample["name"] == "a name" and sample["label"] == 1 and (sample["image"] == 7).all()
+
+
 def test_open_files_are_bounded_and_shards_checked_once(data, monkeypatch):
     original = mds.file_hash
     monkeypatch.setattr(sources, "OPEN_FILES", 2)

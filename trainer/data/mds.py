@@ -76,6 +76,7 @@ class MDSSource(Source):
     def __init__(self, place: Place, manifest: Manifest, stream: Any, shards: list):
         super().__init__(place, manifest, [len(shard) for shard in shards])
         self._stream, self._shards = stream, shards
+        self._fixed: dict[int, tuple[list | None, int]] = {}
 
     def _raw(self, number: int) -> tuple[str, int]:
         info = self._shards[number].raw_data
@@ -124,7 +125,40 @@ class MDSSource(Source):
 
     def _decode(self, number: int, place: int, file: int, layout: np.ndarray) -> dict[str, Any]:
         begin, end = int(layout[place]), int(layout[place + 1])
-        return self._shards[number].decode_sample(os.pread(file, end - begin, begin))
+        data = os.pread(file, end - begin, begin)
+        if number not in self._fixed:
+            self._fixed[number] = _fixed_columns(self._shards[number])
+        columns, size = self._fixed[number]
+        if columns is None:
+            return self._shards[number].decode_sample(data)
+        if len(data) != size:
+            raise ValueError(f"{len(data)} bytes where its columns take {size}")
+        sample: dict[str, Any] = {}
+        for name, dtype, shape, first, count in columns:
+            value = np.frombuffer(data, dtype, count, first)
+            sample[name] = value.reshape(shape) if shape else int(value[0])
+        return sample
+
+
+def _fixed_columns(shard: Any) -> tuple[list | None, int]:
+    """([(column, dtype, shape, first byte, count)], bytes) of a sample whose columns all have a fixed place;
+    (None, 0) if some have not. The library's own decoding finds them anew for each sample, at ten times the cost.
+    """
+    columns, first = [], 0
+    for name, encoding, size in zip(
+        shard.column_names, shard.column_encodings, shard.column_sizes, strict=True
+    ):
+        kind, *rest = encoding.split(":")
+        if not size or (kind, len(rest)) not in (("ndarray", 2), ("int", 0)):
+            return None, 0
+        dtype = np.dtype(rest[0] if rest else "int64")
+        shape = tuple(int(n) for n in rest[1].split(",")) if rest else ()
+        count = int(np.prod(shape, dtype=np.int64))
+        if count * dtype.itemsize != size:
+            return None, 0
+        columns.append((name, dtype, shape, first, count))
+        first += size
+    return columns, first
 
 
 def _index_shards(stream: Any, location: str, split: str) -> list[Any]:
