@@ -77,8 +77,9 @@ def test_columns_of_fixed_place_are_decoded_as_the_library_does(tmp_path):
     assert [c[0] for c in columns] == ["label", "mean", "std"] and size == 8 + 2 * 2 * 60
     for i in (0, 17, 39):
         number, place = i // source.shard_sizes[0], i % source.shard_sizes[0]
+        sample = source[i]
         wanted = source._shards[number][place]
-        assert all(np.array_equal(source[i][name], wanted[name]) for name in wanted)
+        assert all(np.array_equal(sample[name], wanted[name]) for name in wanted)
         assert source[i]["mean"].dtype == np.float16 and source[i]["label"] == i % 3
     out = dict(
         out=str(tmp_path / "loose" / "train"),

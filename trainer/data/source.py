@@ -22,7 +22,7 @@ from trainer.data.cache import Limit, locked
 from trainer.data.manifest import Manifest
 
 OPEN_FILES = 256  # shard files a process keeps open for each source
-TRIES, REFUSALS = 20, 2  # fetches of a shard that others remove meanwhile, or that is not there to fetch
+TRIES = 20  # fetches of a shard that others remove meanwhile
 
 
 class Unreadable(UserError):
@@ -215,11 +215,10 @@ class Source(ABC):
 
     def _mend(self, number: int) -> tuple[int | None, str]:
         """`_check` of a shard that was not there or not whole, made anew where that can be."""
-        missing: Exception = UserError(
+        lost = UserError(
             f"data.cache_limit: shards are removed from {self.place.local} as fast as they are fetched: "
             "give a larger limit"
         )
-        refused = 0
         for _ in range(TRIES):
             file, damage = self._check(number)
             if file is not None or (damage and not self._renewable(number)):
@@ -228,13 +227,12 @@ class Source(ABC):
                 os.remove(self.path(number))
             try:
                 self._fetch_with_room(number)
-            except FileNotFoundError as error:  # not there, or removed by another process for want of room
-                missing, refused = error, refused + 1
-                if refused == REFUSALS:
-                    break
+            except FileNotFoundError as error:
+                if error.filename != self.path(number):  # not there to fetch; else removed for want of room
+                    raise
         file, damage = self._check(number)
         if file is None and not damage:
-            raise missing
+            raise lost
         return file, damage
 
     def _check(self, number: int) -> tuple[int | None, str]:
