@@ -341,6 +341,18 @@ def test_other_arguments_or_images_need_overwrite(source, flawed, tmp_path):
     assert prepare_images(options(source, to, size=16, overwrite=True))[1]
 
 
+def test_interrupted_while_replacing(source, tmp_path, monkeypatch):
+    """The folder is still known as ours, and can be replaced."""
+    to = tmp_path / "out"
+    prepare_images(options(source, to))
+    with monkeypatch.context() as patch:
+        patch.setattr(images.shutil, "rmtree", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_images(options(source, to, size=16, overwrite=True))
+    assert prepare_images(options(source, to, size=16, overwrite=True))[0].height == 16
+    assert open_source(to)[0]["image"].shape == (3, 16, 16)
+
+
 def test_changed_source_is_noticed(flawed, tmp_path):
     prepare_images(options(flawed, tmp_path / "out"))
     picture(1).save(flawed / "bee" / "new.png")

@@ -43,8 +43,8 @@ def load_vae(name: str, device: str = "cpu") -> Any:
     ) as error:  # a missing file, no network, no such repository, weights of another model, ...
         what = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".: ")
         raise UserError(
-            f"--vae {name}: does not load as an AutoencoderKL ({what}): give a local folder with config.json and "
-            "diffusion_pytorch_model.safetensors, or --vae none for pixels"
+            f"--vae {name}: does not load as an AutoencoderKL ({what}): without a network give a local folder "
+            "with config.json and diffusion_pytorch_model.safetensors; or --vae none for pixels"
         ) from error
     if getattr(vae.config, "shift_factor", None) or getattr(vae.config, "latents_mean", None):
         raise UserError(

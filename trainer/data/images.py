@@ -162,9 +162,7 @@ def claimed(to: Path) -> Iterator[None]:
 
 def present(to: Path) -> tuple[str, dict[str, Any]]:
     """("empty" | "begun" | "complete", recipe) of what is in `to`. UserError for what is not ours."""
-    if to.is_dir() and not any(to.iterdir()):
-        return "empty", {}
-    if not to.exists():
+    if not to.exists() or (to.is_dir() and {p.name for p in to.iterdir()} <= {f".{PROGRESS}"}):
         return "empty", {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         for state, name in (("complete", NAME), ("begun", PROGRESS)):
@@ -176,9 +174,10 @@ def present(to: Path) -> tuple[str, dict[str, Any]]:
 
 
 def remove(to: Path) -> None:
-    """Take away a data set of ours, finished or not; the folder stays."""
-    for name in (NAME, PROGRESS, SKIPPED):
-        (to / name).unlink(missing_ok=True)
+    """Take away a data set of ours, finished or not; the folder stays, and is ours if this is interrupted."""
+    if (to / NAME).is_file():
+        os.replace(to / NAME, to / PROGRESS)
+    (to / SKIPPED).unlink(missing_ok=True)
     for split in SPLITS:
         shutil.rmtree(to / split, ignore_errors=True)
 

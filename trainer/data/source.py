@@ -51,8 +51,10 @@ class Place:
 def file_hash(algorithm: str, file: str | int) -> str:
     """Hex digest of a file, given its path or its descriptor, by xxhash or hashlib."""
     if algorithm.startswith("xxh"):
-        import xxhash
-
+        try:
+            import xxhash
+        except ImportError as error:
+            raise UserError("checking shards needs the package xxhash: pip install xxhash") from error
         digest = getattr(xxhash, algorithm)()
     else:
         digest = hashlib.new(algorithm)

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -33,6 +34,8 @@ class Maker:
     """Makes parts: one VAE on one device, and threads that decode the next batch meanwhile."""
 
     def __init__(self, options: Options, device: str, threads: int):
+        if find_spec("PIL") is None:
+            raise UserError("`dcdit prepare images` needs the package pillow: pip install pillow")
         self.options, self.device = options, device
         self.read = reader(options.source)
         self.threads = ThreadPoolExecutor(max(1, threads))
