@@ -77,7 +77,7 @@ struct Token {
 
 // a, the gate's terms and the blend's: a group a token, or the whole block together where a token fills many places.
 template <class Number, bool kWide>
-__global__ void __launch_bounds__(kThreads, 4) collect_cells(Backward args) {
+__global__ void DCDIT_BOUNDS(kThreads, 4) collect_cells(Backward args) {
   __shared__ Four parts[kThreads];
   __shared__ int any_large;
   const DechunkParams& p = args.p;
@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(kThreads, 4) collect_cells(Backward args) {
     __syncthreads();
     if (group == 0) {
       Four a = parts[lane];
+#pragma unroll 2
       for (int j = 1; j < kGroups; ++j) a.add(parts[j * kLanes + lane]);
       token.finish(args, a, n, lane, terms + k);
     }
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 4) collect_cells(Backward args) {
 
 // u, dh and the weights' terms.
 template <class Number, int kRows, bool kWide>
-__global__ void __launch_bounds__(kThreads, 3) spread_band(Backward args) {
+__global__ void DCDIT_BOUNDS(kThreads, 3) spread_band(Backward args) {
   DCDIT_DYNAMIC_SHARED(shared);
   const DechunkParams& p = args.p;
   const Band<kRows> band(p, args.plan, 0, shared);

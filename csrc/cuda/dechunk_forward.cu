@@ -41,7 +41,7 @@ __device__ void fill_places(const Band<kRows>& band, const DechunkParams& p, con
 }
 
 template <class Number, int kRows, bool kWide>
-__global__ void __launch_bounds__(kThreads, 3) forward_band(DechunkParams p, Plan plan) {
+__global__ void DCDIT_BOUNDS(kThreads, 3) forward_band(DechunkParams p, Plan plan) {
   DCDIT_DYNAMIC_SHARED(shared);
   const Band<kRows> band(p, plan, kBatch, shared);
   F32* smooth = reinterpret_cast<F32*>(p.smooth);

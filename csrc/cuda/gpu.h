@@ -25,6 +25,13 @@
   kernel<<<(grid), (block), (shared), (stream)>>>(__VA_ARGS__)
 #endif
 
+// Registers for at least `blocks` blocks a multiprocessor. HIP reads the second number as something else.
+#if defined(DCDIT_HIP)
+#define DCDIT_BOUNDS(threads, blocks) __launch_bounds__(threads)
+#else
+#define DCDIT_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#endif
+
 namespace dcdit {
 namespace gpu {
 
