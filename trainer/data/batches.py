@@ -349,19 +349,9 @@ def train_loader(
         raise ValueError(f"start_position={start_position} is negative")
     null_class = _null_class(source, null_class)
     plan = _Plan(
-        seed,
-        global_batch_size,
-        micro_batch_size,
-        rank,
-        world_size,
-        start_position,
-        end_position,
-        label_drop,
-        flip,
-        null_class,
-        shuffle_block,
-        max_errors,
-    )
+        seed, global_batch_size, micro_batch_size, rank, world_size, start_position, end_position,
+        label_drop, flip, null_class, shuffle_block, max_errors,
+    )  # fmt: skip
     _check_room(source, shuffle_block)
     dataset = _MicroBatches(source, plan)
     loader = _Loader(
