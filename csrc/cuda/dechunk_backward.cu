@@ -44,7 +44,7 @@ __device__ __forceinline__ Four collect(const Backward& args, const Four& row, i
 #pragma unroll
     for (int f = 0; f < kFlight; ++f) place[f] = args.plan.filled[least(e + f * step, end - 1)].place;
 #pragma unroll
-    for (int f = 0; f < kFlight; ++f) g[f] = read<kWide>(grad + place[f] * args.p.D, n);
+    for (int f = 0; f < kFlight; ++f) g[f] = read<kWide, true>(grad + place[f] * args.p.D, n);
 #pragma unroll
     for (int f = 0; f < kFlight; ++f) {
       if (e + f * step >= end) break;

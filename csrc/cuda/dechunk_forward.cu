@@ -20,12 +20,16 @@ __device__ void fill_places(const Band<kRows>& band, const DechunkParams& p, con
 #pragma unroll
     for (int f = 0; f < kFlight; ++f) place[f] = filled[least(e + f * kGroups, to - 1)];
 #pragma unroll
-    for (int f = 0; f < kFlight; ++f) x[f] = read<kWide>(residual + band.at(place[f].place), band.n);
+    for (int f = 0; f < kFlight; ++f) x[f] = read<kWide, true>(residual + band.at(place[f].place), band.n);
 #pragma unroll
     for (int f = 0; f < kFlight; ++f) {
       if (e + f * kGroups >= to) break;
       if (place[f].token >= 0) x[f].add(band.held[(place[f].token - first_held) * kLanes + band.lane]);
-      write<kWide>(x[f], band.n, out + band.at(place[f].place));
+      F32* to = out + band.at(place[f].place);
+      if (!kWide)
+        write<false>(x[f], band.n, to);
+      else if (band.n > 0)
+        store_once(x[f], to);
     }
   }
 }

@@ -158,14 +158,42 @@ struct alignas(4 * sizeof(Number)) Packed {
   Number v[4];
 };
 
+// For what is touched once and never again: it should not push out of the cache what other blocks will read.
+template <class P>
+__device__ __forceinline__ P load_once(const P* x) {
+#if defined(DCDIT_EMULATE) || defined(DCDIT_HIP)
+  return *x;
+#else
+  union {
+    P p;
+    uint2 two;
+    uint4 four;
+  } both;
+  if (sizeof(P) == sizeof(uint4))
+    both.four = __ldcs(reinterpret_cast<const uint4*>(x));
+  else
+    both.two = __ldcs(reinterpret_cast<const uint2*>(x));
+  return both.p;
+#endif
+}
+
+__device__ __forceinline__ void store_once(const Four& x, F32* to) {
+#if defined(DCDIT_EMULATE) || defined(DCDIT_HIP)
+  *reinterpret_cast<Four*>(to) = x;
+#else
+  __stcs(reinterpret_cast<float4*>(to), make_float4(x.v[0], x.v[1], x.v[2], x.v[3]));
+#endif
+}
+
 // Reads the `n` channels that are left of a row, at most four; zeros beyond. kWide: all rows start on a multiple of four
 // elements, so that n is 0 or at least 4.
-template <bool kWide, class Number>
+template <bool kWide, bool kOnce = false, class Number>
 __device__ __forceinline__ Four read(const Number* x, int n) {
   Four out = Four::zero();
   if (kWide) {
     if (n > 0) {
-      const Packed<Number> four = *reinterpret_cast<const Packed<Number>*>(x);
+      const Packed<Number>* from = reinterpret_cast<const Packed<Number>*>(x);
+      const Packed<Number> four = kOnce ? load_once(from) : *from;
 #pragma unroll
       for (int k = 0; k < 4; ++k) out.v[k] = widen(four.v[k]);
     }

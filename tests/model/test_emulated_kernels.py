@@ -26,7 +26,8 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CXX = os.environ.get("CXX", "g++")
 HOPPER, INSTINCT = 227 << 10, 64 << 10  # shared memory that one block may have
 pytestmark = pytest.mark.skipif(
-    not shutil.which(CXX), reason=f"no C++ compiler ({CXX}) to build the emulation"
+    sys.platform != "linux" or not shutil.which(CXX),
+    reason=f"the emulation needs Linux and a C++ compiler ({CXX})",
 )
 
 
