@@ -19,6 +19,7 @@ if (
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from model.errors import UserError
+from trainer import slurm
 from trainer.config import Config, flatten, load_config, save_config
 from trainer.signals import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED
 
@@ -40,17 +41,22 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status (see ``trainer.signals``)."""
-    arguments = parser().parse_args(argv)
+    slurm.begin()
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as error:
+        slurm.leave(int(error.code or EXIT_OK))
+        raise
     from trainer.parallel.world import rank_and_size
 
     try:
         config = load_config(arguments.config, arguments.overrides)
         check(config, arguments.device)
-        return run(config, arguments.device)
+        return slurm.leave(run(config, arguments.device))
     except UserError as error:
         if rank_and_size()[0] == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT
+        return slurm.leave(EXIT_BAD_INPUT)
 
 
 def check(config: Config, device: str = "auto") -> None:
@@ -106,16 +112,17 @@ def run(config: Config, device: str = "auto") -> int:
         if world.main:
             Path(config.run.dir).mkdir(parents=True, exist_ok=True)
             save_config(config, Path(config.run.dir) / "config.yaml")
-        sources = [
-            open_data(config.data, split) for split in ("train", "heldout")
-        ]
+        sources = [open_data(config.data, split) for split in ("train", "heldout")]
         trainer = Trainer(config, world, *sources)
+        slurm.note_start(trainer.position)
         complete = trainer.run()
         if world.main:
             print(
                 f"{'complete' if complete else 'stopped'} at {trainer.position} images: {config.run.dir}",
                 flush=True,
             )
+        if not complete:
+            slurm.stopped()
         del trainer
     finally:
         close_world()

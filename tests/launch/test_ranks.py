@@ -1,0 +1,118 @@
+"""trainer/slurm.py: ranks from srun, and asking Slurm to run the job again."""
+
+import os
+import signal
+
+import pytest
+
+from tests.launch.test_scripts import stub
+from trainer import slurm
+from trainer.signals import EXIT_STOPPED
+
+STEP = {
+    "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "localhost",
+}  # fmt: skip
+
+
+def test_ranks_of_one_task_per_gpu():
+    found = slurm.ranks(STEP)
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("9", "16", "1")
+    assert found["MASTER_ADDR"] == "localhost" and 20000 <= int(found["MASTER_PORT"]) < 40000
+    assert slurm.ranks(STEP | {"SLURM_PROCID": "3"})["MASTER_PORT"] == found["MASTER_PORT"]
+    assert slurm.ranks(STEP | {"SLURM_STEP_ID": "1"})["MASTER_PORT"] != found["MASTER_PORT"]
+
+
+def test_torchruns_ranks_and_the_users_address_win():
+    assert slurm.ranks(STEP | {"RANK": "0"}) == {}
+    assert slurm.ranks(STEP | {"MASTER_PORT": "1234"})["MASTER_PORT"] == "1234"
+
+
+def test_one_task_and_no_task_are_no_process_group():
+    assert slurm.ranks(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
+    assert slurm.ranks({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}) == {}, "the batch script itself"
+
+
+def test_an_address_for_node_names_that_are_no_host_names():
+    env = STEP | {"SLURM_STEP_NODELIST": "nosuch[1-2].invalid", "SLURM_LAUNCH_NODE_IPADDR": "10.1.2.3"}
+    assert slurm.ranks(env)["MASTER_ADDR"] == "10.1.2.3"
+
+
+@pytest.mark.parametrize(
+    ("short", "first"),
+    [
+        ("n1", "n1"),
+        ("gpu[007-009,12],login", "gpu007"),
+        ("gpu[3]", "gpu3"),
+        ("a,b[1-2]", "a"),
+        ("rack[1-2]-ib", "rack1-ib"),
+    ],
+)
+def test_first_host(short, first):
+    assert slurm.first_host(short) == first
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Inside a batch job; the function given sets what ``scontrol show job`` says of it."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "DCDIT_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def says(facts: str) -> None:
+        body = f'if [ "$1" = show ]; then echo "JobId=7 {facts}"; else echo "$@" >> {tmp_path}/asked; fi'
+        stub(tmp_path, "scontrol", body)
+
+    says.asked = tmp_path / "asked"
+    return says
+
+
+@pytest.mark.parametrize(
+    ("facts", "said", "asked"),
+    [
+        ("JobState=RUNNING Reason=None BatchFlag=1 Requeue=1", "job 7 is requeued", True),
+        ("JobState=COMPLETING Reason=TimeLimit BatchFlag=1 Requeue=1", "job 7 is requeued", True),
+        ("JobState=COMPLETING Reason=None BatchFlag=1 Requeue=1", "cancelled and is not requeued", False),
+        ("JobState=RUNNING Reason=None BatchFlag=1 Requeue=0", "without --requeue", False),
+        ("JobState=RUNNING Reason=None BatchFlag=0 Requeue=0", "", False),
+    ],
+)
+def test_requeue(job, capsys, facts, said, asked):
+    job(facts)
+    slurm.stopped()
+    printed = capsys.readouterr().out
+    assert said in printed and bool(printed) == bool(said)
+    assert job.asked.exists() == asked
+
+
+def test_only_rank_0_asks_and_not_under_our_launcher(job, monkeypatch, tmp_path):
+    job("JobState=RUNNING Reason=None BatchFlag=1 Requeue=1")
+    monkeypatch.setenv("RANK", "1")
+    slurm.stopped()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(slurm.STATUS_FILE, str(tmp_path / "status"))
+    slurm.stopped()
+    monkeypatch.delenv(slurm.STATUS_FILE)
+    monkeypatch.setenv("DCDIT_REQUEUE", "0")
+    slurm.stopped()
+    assert not job.asked.exists()
+
+
+@pytest.fixture
+def signals_put_back():
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_status_that_cannot_be_written_is_said_and_kept(monkeypatch, tmp_path, capsys, signals_put_back):
+    monkeypatch.setenv(slurm.STATUS_FILE, str(tmp_path / "no" / "folder"))
+    assert slurm.leave(2) == 2
+    assert "warning: DCDIT_STATUS_FILE" in capsys.readouterr().err
+    monkeypatch.setenv(slurm.STATUS_FILE, str(tmp_path / "status"))
+    slurm.note_start(640)
+    assert slurm.leave(EXIT_STOPPED) == 0
+    assert (tmp_path / "status").read_text() == "start 640\nend 75\n"
