@@ -106,7 +106,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed", "huggingface_hub"],
         "wandb": ["wandb"],
-        "webdataset": ["webdataset"],
+        "webdataset": ["webdataset", "xxhash"],
         "vae": ["diffusers"],
         "flash": ["flash-attn>=2.6"],
         "triton": ["triton"],
