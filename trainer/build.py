@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from model import DCDiT, DCDiTConfig, DiT, DiTConfig, preset
 from model.diffusion import make_process
 from model.errors import UserError
 from trainer.config import Config
 from trainer.data import Manifest, check_batch
+from trainer.ema import ema_names
 
 
 def model_config(config: Config, manifest: Manifest) -> DCDiTConfig | DiTConfig:
@@ -89,14 +89,6 @@ def process_kwargs(config: Config) -> dict[str, Any]:
     }
 
 
-def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    options = config.optimizer
-    return torch.optim.AdamW(
-        model.parameters(), lr=options.lr, betas=tuple(options.betas), eps=options.eps,
-        weight_decay=options.weight_decay, fused=True,
-    )  # fmt: skip
-
-
 def learning_rate(config: Config, images: int) -> float:
     """Linear warm-up, then constant (DC-DiT v2 §4.1); a function of the position alone.
 
@@ -125,4 +117,25 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
                 f"{key}: {now[key]!r}, but the checkpoint was made with {before[key]!r}; "
                 "set it back, or start another run with another run.dir"
             )
+    had, wanted = ema_names(before.get("ema.decay")), ema_names(now["ema.decay"])
+    if not set(wanted) <= set(had):
+        raise UserError(
+            f"ema.decay: {now['ema.decay']}, but the checkpoint was made with {before['ema.decay']}; an average "
+            "cannot begin on the way: set it back, or leave out what is new"
+        )
+    _check_engine(before, now)
     return [f"{k}: {before[k]} -> {now[k]}" for k in changed if not k.startswith("run.")]
+
+
+def _check_engine(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """FSDP and DDP read each other's checkpoints, DeepSpeed its own of the same ZeRO stage."""
+    had, wanted = before.get("parallel.engine"), now["parallel.engine"]
+    if had != wanted and "deepspeed" in (had, wanted):
+        raise UserError(
+            f"parallel.engine: {wanted}, but the checkpoint is {had}'s, in another format; set parallel.engine={had}"
+        )
+    key = "parallel.zero_stage"
+    if wanted == "deepspeed" and before[key] != now[key]:
+        raise UserError(
+            f"{key}: {now[key]}, but the checkpoint was made with {before[key]}; set {key}={before[key]}"
+        )

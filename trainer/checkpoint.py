@@ -1,8 +1,10 @@
-"""Sharded checkpoints: written beside, completed by a marker that lists every file, then moved into place.
+"""Checkpoints as they lie on disk: found, verified, read, pruned. ``trainer.saver`` writes them.
 
-    RUN/checkpoints/000000012800/   __*.distcp, .metadata    model, ema, optimizer (torch.distributed.checkpoint)
+    RUN/checkpoints/000000012800/   __*.distcp, .metadata    model, ema, optimizer (torch.distributed.checkpoint);
+                                                             of a DeepSpeed run only the averages
+                                    deepspeed/               DeepSpeed's own files, with zero_to_fp32.py
                                     state.json               position in images, step, config
-                                    ema/                     safetensors export that DCDiT.from_pretrained reads
+                                    ema/, ema-0.999/ ...     safetensors exports that DCDiT.from_pretrained reads
                                     COMPLETE                 name -> size of every file above
     RUN/checkpoints/latest          name of the newest, for people and scripts
 
@@ -19,77 +21,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from model import DCDiT
+from model import DCDiT, DiT
 from model.errors import UserError
 from model.pretrained import save_weights
-from trainer.parallel.world import World
 
 COMPLETE = "COMPLETE"
 EXPORT_FILES = ("model.safetensors", "config.json", "run.json")
 
 
-def save(
-    folder: Path, world: World, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer,
-    state: dict[str, Any], run_info: dict[str, Any], keep_last: int,
-) -> Path:  # fmt: skip
-    """Write the checkpoint of ``state["images"]`` under ``folder`` (RUN/checkpoints). Called by every rank.
+def read_whole(checkpoint: Path, key: str) -> dict[str, torch.Tensor]:
+    """``model``, ``ema`` or another average of ``checkpoint``, whole, on the CPU, by this process alone.
+
+    Raises:
+        UserError: nothing of that name in it.
+    """
+    state: dict[str, Any] = {}
+    # What torch's own dcp_to_torch_save does: the planner fills an empty dict with what the files hold under a key.
+    _load_state_dict(
+        state, storage_reader=FileSystemReader(str(checkpoint)),
+        planner=_EmptyStateDictLoadPlanner(keys={key}), no_dist=True,
+    )  # fmt: skip
+    if key not in state:
+        raise UserError(f"checkpoint {checkpoint}: holds no {key!r}")
+    return state[key]
+
+
+def export(folder: Path, sizes: Any, weights: dict[str, torch.Tensor], run_info: dict[str, Any]) -> None:
+    """``weights`` in fp32 with the config ``sizes`` as safetensors + config.json, and ``run_info`` as run.json.
 
     Args:
-        state: what ``state.json`` holds; ``images`` and ``step`` at least.
-        run_info: what ``ema/run.json`` holds (diffusion, data, precision), for sampling without the run.
-
-    Returns:
-        The finished checkpoint's folder.
+        weights: whole tensors by name; flat ones (ZeRO 3) take the shape the model gives them.
     """
-    final = folder / f"{state['images']:012d}"
-    temporary = folder / f".writing-{final.name}"
-    if world.main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    world.barrier()
-    dcp.save(_state(model, ema, optimizer), checkpoint_id=str(temporary), process_group=world.control)
-    weights = get_model_state_dict(ema, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if world.main:
-        export(temporary / "ema", _bare(ema), weights, run_info)
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        _complete(temporary)
-        _replace(temporary, final)
-        _point_latest(folder, final.name)
-        _prune(folder, keep_last)
-    world.barrier()
-    return final
-
-
-def load(
-    checkpoint: Path, world: World, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Read ``checkpoint`` into model, ema and optimizer in place; returns ``state.json``. Called by every rank."""
-    state = _state(model, ema, optimizer)
-    dcp.load(state, checkpoint_id=str(checkpoint), process_group=world.control)
-    set_model_state_dict(model, state["model"])
-    set_model_state_dict(ema, state["ema"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    return read_state(checkpoint)
-
-
-def export(
-    folder: Path, model: nn.Module, weights: dict[str, torch.Tensor], run_info: dict[str, Any]
-) -> None:
-    """``weights`` with ``model``'s config as safetensors + config.json, and ``run_info`` as run.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps(run_info, indent=1))
-    name = "DCDiT" if isinstance(model, DCDiT) else "DiT"  # FSDP renames the class of what it shards
-    save_weights(folder, name, model.config, {k: v.float() for k, v in weights.items()})
+    cls = DCDiT if isinstance(sizes, DCDiT.config_class) else DiT
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in cls(sizes).state_dict().items()}
+    whole = {name: weights[name].float().reshape(shape) for name, shape in shapes.items()}
+    save_weights(folder, cls.__name__, sizes, whole)
 
 
 def find_latest(folder: Path) -> Path | None:
@@ -139,7 +112,7 @@ def clean(folder: Path) -> None:
     """Settle what a kill left behind: a save that was complete is moved into place, the rest is removed."""
     for written in folder.glob(".writing-*"):
         if (written / COMPLETE).is_file():
-            _replace(written, folder / written.name.removeprefix(".writing-"))
+            move_into_place(written, folder / written.name.removeprefix(".writing-"))
         else:
             shutil.rmtree(written, ignore_errors=True)
     for old in folder.glob(".old-*"):
@@ -173,19 +146,8 @@ def find_export(path: str | Path) -> Path:
     )
 
 
-def _state(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {
-        "model": get_model_state_dict(model),
-        "ema": get_model_state_dict(ema),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-    }
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    return getattr(model, "module", model)
-
-
-def _complete(folder: Path) -> None:
+def complete(folder: Path) -> None:
+    """Write the marker: every file under ``folder`` with its size, all of it on the disk first."""
     files = sorted(f for f in folder.rglob("*") if f.is_file())
     for file in files:  # the marker must not reach the disk before what it vouches for
         with file.open("rb") as handle:
@@ -196,7 +158,7 @@ def _complete(folder: Path) -> None:
         os.fsync(handle.fileno())
 
 
-def _replace(temporary: Path, final: Path) -> None:
+def move_into_place(temporary: Path, final: Path) -> None:
     """Rename into place; one of the same position, from a branch that was given up, is replaced as a whole."""
     if final.exists():
         old = final.with_name(f".old-{final.name}")
@@ -208,7 +170,7 @@ def _replace(temporary: Path, final: Path) -> None:
         temporary.rename(final)
 
 
-def _point_latest(folder: Path, name: str) -> None:
+def point_latest(folder: Path, name: str) -> None:
     temporary = folder / ".latest.tmp"
     temporary.write_text(name + "\n")
     os.replace(temporary, folder / "latest")
@@ -219,9 +181,12 @@ def _finished(folder: Path) -> list[Path]:
     return sorted(found, key=lambda f: f.name)
 
 
-def _prune(folder: Path, keep_last: int) -> None:
+def prune(folder: Path, keep_last: int, keep_every: int | None, batch: int) -> None:
+    """Delete all but the newest ``keep_last`` and, per multiple of ``keep_every`` images, the one that reached it
+    (``batch`` images per step, so its position is at most that much past the multiple)."""
     for old in _finished(folder)[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+        if keep_every is None or int(old.name) % keep_every >= batch:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _mend(checkpoint: Path) -> str:

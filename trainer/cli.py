@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare": "turn images or latents into MDS shards",
     "train": "start a run, or go on with it: the same command resumes",
     "sample": "draw pictures from a run or a released checkpoint",
+    "export": "weights of any checkpoint as safetensors, averaged or raw",
     "report": "one HTML page about a run: curves, samples, router maps, FLOPs",
 }
 

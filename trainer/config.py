@@ -79,6 +79,7 @@ class TrainConfig:
 
 @dataclass
 class OptimizerConfig:
+    name: str = "adamw"
     lr: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
@@ -89,16 +90,19 @@ class OptimizerConfig:
 
 @dataclass
 class EmaConfig:
-    decay: float = 0.9999
+    decay: Any = 0.9999
 
 
 @dataclass
 class ParallelConfig:
     engine: str = "fsdp"
     replicate: int = 1
+    zero_stage: int = 2
+    offload: bool = False
     activation_checkpointing: str = "none"
     compile: bool = False
-    timeout_minutes: float = 30.0
+    start_timeout_minutes: float = 60.0
+    timeout_minutes: float = 15.0
 
 
 @dataclass
@@ -110,6 +114,8 @@ class BackendConfig:
 class CheckpointConfig:
     every: int = 1_280_000
     keep_last: int = 3
+    keep_every: int | None = None
+    asynchronous: bool = True
     resume_from: str | None = None
 
 
@@ -121,8 +127,19 @@ class EvalConfig:
 
 
 @dataclass
+class HealthConfig:
+    max_bad_steps: int = 10
+    spike_sigma: float = 8.0
+    spike_stop: bool = False
+    gc_every: int = 200
+    memory_history: bool = False
+
+
+@dataclass
 class LogConfig:
     every: int = 20
+    profile_from: int | None = None
+    profile_steps: int = 3
     tensorboard: bool = True
     wandb: str = "disabled"
     wandb_project: str = "dcdit"
@@ -143,6 +160,7 @@ class Config:
     attention: BackendConfig = field(default_factory=BackendConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -155,8 +173,10 @@ CHOICES = {
     "diffusion.time_sampling": ("uniform", "logit_normal"),
     "data.format": ("mds", "webdataset"),
     "train.precision": ("bf16", "fp32"),
-    "parallel.engine": ("fsdp", "ddp"),
-    "parallel.activation_checkpointing": ("none", "block"),
+    "optimizer.name": ("adamw", "apex_fused_adam", "deepspeed_cpu_adam"),
+    "parallel.engine": ("fsdp", "ddp", "deepspeed"),
+    "parallel.zero_stage": (1, 2, 3),
+    "parallel.activation_checkpointing": ("none", "block", "selective"),
     "ops.backend": ("auto", "native", "triton", "torch"),
     "attention.backend": ("auto", "flash3", "flash2", "torch_varlen", "sdpa"),
     "log.wandb": ("online", "offline", "disabled"),
@@ -164,8 +184,10 @@ CHOICES = {
 POSITIVE = (
     "diffusion.num_timesteps", "train.total_images", "train.global_batch_size", "train.micro_batch_size",
     "train.ratio_group", "optimizer.lr", "optimizer.eps", "optimizer.clip", "parallel.replicate",
-    "parallel.timeout_minutes", "checkpoint.every", "checkpoint.keep_last", "eval.every", "eval.count",
-    "eval.batch_size", "log.every", "model.dechunk_sigma", "model.capacity_factor",
+    "parallel.timeout_minutes", "parallel.start_timeout_minutes", "checkpoint.every", "checkpoint.keep_last",
+    "checkpoint.keep_every", "eval.every", "eval.count", "eval.batch_size", "health.max_bad_steps",
+    "health.spike_sigma", "health.gc_every", "log.every", "log.profile_steps", "model.dechunk_sigma",
+    "model.capacity_factor",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "data.num_workers", "data.max_errors", "train.ratio_weight", "train.tail_drop_after", "optimizer.weight_decay",
@@ -233,9 +255,10 @@ def check_config(config: Config) -> None:
     flat = flatten(config)
     for key, choices in CHOICES.items():
         if flat[key] not in choices:
-            near = difflib.get_close_matches(str(flat[key]), choices, 1)
+            words = [str(choice) for choice in choices]
+            near = difflib.get_close_matches(str(flat[key]), words, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{key}: {flat[key]!r} is not one of {', '.join(choices)}{hint}")
+            raise UserError(f"{key}: {flat[key]!r} is not one of {', '.join(words)}{hint}")
     for key in POSITIVE:
         if flat[key] is not None and flat[key] <= 0:
             raise UserError(f"{key}: must be above 0, got {flat[key]}")
@@ -248,8 +271,8 @@ def check_config(config: Config) -> None:
         raise UserError(f"train.tail_drop: a list of fractions in [0, 1), got {config.train.tail_drop}")
     if not 0 <= config.data.label_drop <= 1:
         raise UserError(f"data.label_drop: a fraction in [0, 1], got {config.data.label_drop}")
-    if not 0 <= config.ema.decay < 1:
-        raise UserError(f"ema.decay: must be in [0, 1), got {config.ema.decay}")
+    _check_decay(config.ema.decay)
+    _check_parallel(config)
     if len(config.optimizer.betas) != 2 or any(not 0 <= b < 1 for b in config.optimizer.betas):
         raise UserError(f"optimizer.betas: two numbers in [0, 1), got {config.optimizer.betas}")
     if config.train.total_images % config.train.global_batch_size:
@@ -258,6 +281,28 @@ def check_config(config: Config) -> None:
             f"train.total_images: {config.train.total_images} is not a whole number of steps of "
             f"train.global_batch_size {config.train.global_batch_size}; "
             f"use {steps * config.train.global_batch_size}"
+        )
+
+
+def _check_decay(decay: Any) -> None:
+    decays = decay if isinstance(decay, list) else [decay]
+    numbers = all(isinstance(d, int | float) and not isinstance(d, bool) for d in decays)
+    if not decays or not numbers or any(not 0 <= d < 1 for d in decays):
+        raise UserError(f"ema.decay: must be in [0, 1), one number or a list of them, got {decay}")
+    if len({f"{d:g}" for d in decays}) < len(decays):
+        raise UserError(f"ema.decay: names the same decay twice: {decay}")
+
+
+def _check_parallel(config: Config) -> None:
+    parallel, every, keep = config.parallel, config.checkpoint.every, config.checkpoint.keep_every
+    if parallel.offload and parallel.engine != "deepspeed":
+        raise UserError(f"parallel.offload: only parallel.engine=deepspeed offloads, not {parallel.engine}")
+    if parallel.replicate > 1 and parallel.engine != "fsdp":
+        raise UserError(f"parallel.replicate: only parallel.engine=fsdp has replicas, not {parallel.engine}")
+    if keep is not None and keep % every:
+        raise UserError(
+            f"checkpoint.keep_every: {keep} is not a multiple of checkpoint.every {every}; "
+            f"use {max(1, round(keep / every)) * every}"
         )
 
 

@@ -7,7 +7,6 @@ To change what is learned, override ``forward_backward`` (or ``predict``); nothi
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 
 from model import ratio_loss
-from trainer import checkpoint, randomness
+from model.errors import UserError
+from trainer import checkpoint, health, randomness
 from trainer.build import (
     build_model,
-    build_optimizer,
     build_process,
     learning_rate,
     micro_batch,
@@ -27,10 +26,11 @@ from trainer.build import (
 )
 from trainer.config import Config, flatten
 from trainer.data import MDSSource, heldout_batches, train_loader
-from trainer.ema import ema_copy, ema_update
+from trainer.ema import ema_copy, ema_decays
 from trainer.heldout import Heldout
-from trainer.metrics import Metrics
+from trainer.metrics import Metrics, read_rows
 from trainer.parallel import World, engine
+from trainer.saver import Saver
 from trainer.signals import StopFlag
 from trainer.stats import StepStats
 
@@ -54,24 +54,31 @@ class Trainer:
     def __init__(self, config: Config, world: World, train: MDSSource, heldout: MDSSource) -> None:
         self.config, self.world, self.data = config, world, train
         self.folder = Path(config.run.dir)
+        self._rolled_back = False
         self.micro = micro_batch(config, world.size)
         self.process = build_process(config)
-        self.engine = engine(config.parallel.engine)
         self.null_class = train.manifest.num_classes
         model = build_model(config, train.manifest)
         self.resume = self._find_checkpoint()
         self.start_share = None if self.resume else self._calibrate(model)
         bf16 = config.train.precision == "bf16"
         self.autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16)
-        ema = ema_copy(model)
-        self.parameters = model.num_parameters()
-        self.model = self.engine.wrap(model, world, config.parallel, bf16)
-        self.ema = self.engine.wrap(ema, world, config.parallel, bf16)
-        self.optimizer = build_optimizer(config, self.model)
-        self.position = self.saved = self._restore()
+        self.parameters, sizes = model.num_parameters(), model.config
+        self.decays = ema_decays(config.ema.decay)
+        copies = [ema_copy(model) for _ in self.decays]
+        self.engine = engine(config.parallel.engine)(model, copies, world, config, self.micro)
+        self.model, self.ema = self.engine.model, self.engine.averages["ema"]
+        self.saver = Saver(self.folder / "checkpoints", config, world, sizes, self._say)
+        state = self._restore()
+        self.position = self.saved = state["images"]
+        self.bad = health.BadSteps(world.device, state.get("bad_steps"))
         self.heldout = Heldout(self._heldout_batches(heldout), world)
-        self.stats = StepStats(config, world, getattr(self.model, "module", self.model).config)
+        self.stats = StepStats(config, world, sizes)
         self.metrics = Metrics(self.folder, config, self.position, world.main)
+        self.spikes = health.Spikes(config.health.spike_sigma, self._recent_losses())
+        self.profiler = health.Profiler(
+            self.folder / "profile", config.log.profile_from, config.log.profile_steps, world.rank
+        )
         self.stop = StopFlag()
 
     @property
@@ -87,9 +94,16 @@ class Trainer:
         loader = self._loader(
             self.position, self.world.rank, self.world.size, self.micro, config.data.num_workers
         )
-        with closing(iter(loader)) as batches:
+        with (
+            closing(iter(loader)) as batches,
+            health.collect_by_hand(),
+            health.memory_snapshot(self.folder, self.world.rank, config.health.memory_history),
+        ):
+            self._first_step = True
             while self.position < total and not self._one_round(batches):
                 pass
+        self.saver.wait()
+        self.saver.close()
         self.metrics.close()
         self.stop.restore()
         return self.position == total
@@ -98,14 +112,28 @@ class Trainer:
         """A step and what is due after it; True when a signal asked to stop (and the run was saved)."""
         config, end = self.config, self.position + self.config.train.global_batch_size
         last = end >= config.train.total_images
+        self.profiler.before(self.step)
         self.train_step(batches)
+        if self.profiler.after(self.step - 1):
+            self._say(f"profiled: {self.profiler.file.parent}")
+        health.collect(self.step, config.health)
+        if self._first_step:  # compilation, first allocations and the first shards are behind us
+            self.world.set_timeout(config.parallel.timeout_minutes)
+            self._first_step = False
         if last or self._due(config.log.every * config.train.global_batch_size):
-            self.metrics.log(self.stats.row(self.step, self.position))
-        if not self.stop.agreed(self.world) and (last or self._due(config.eval.every)):
+            self._log()
+        if not self._asked_to_stop() and (last or self._due(config.eval.every)):
             self.evaluate()
-        stopping = self.stop.agreed(self.world)
+        stopping = self._asked_to_stop()
         if last or stopping or self._due(config.checkpoint.every):
-            self.save()
+            self.save(anyway=last or stopping)
+        return stopping
+
+    def _asked_to_stop(self) -> bool:
+        """True on every rank once any was signalled. Raises UserError where a save under way has failed."""
+        stopping, failed = self.world.any_of_each(self.stop.received is not None, self.saver.failed)
+        if failed:
+            self.saver.wait()
         return stopping
 
     def train_step(self, batches: Iterator) -> None:
@@ -115,17 +143,15 @@ class Trainer:
         accumulation = config.train.global_batch_size // (self.micro * self.world.size)
         for i in range(accumulation):
             batch = self.stats.timed_next(batches)
-            with self.engine.accumulate(self.model, last=i == accumulation - 1):
+            with self.engine.accumulate(last=i == accumulation - 1):
                 self.stats.add(self.forward_backward(batch, rho, 1.0 / accumulation))
-        norm = self.engine.clip(self.model, config.optimizer.clip)
         after = self.position + config.train.global_batch_size
         lr = learning_rate(config, after)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        ema_update(self.ema, self.model, config.ema.decay)
+        self.saver.staged()
+        norm = self.engine.step(lr)
+        self.engine.update_averages(self.decays)
         self.position = after
+        self.bad.note(norm)
         self.stats.end(norm, lr, rho)
 
     def forward_backward(
@@ -150,7 +176,7 @@ class Trainer:
                 "natural": routing.natural.sum(),
                 "retained": routing.retained.sum(),
             }
-        (loss * scale).backward()
+        self.engine.backward(loss * scale)
         return {"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}}
 
     def predict(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], tail_drop: float) -> tuple:
@@ -176,13 +202,14 @@ class Trainer:
         row |= {f"heldout_{k}" if k in ("loss", "mse") else k: v for k, v in averaged.items()}
         self.metrics.log(row | {"heldout_mse_raw": raw["mse"]})
 
-    def save(self) -> None:
-        """A checkpoint of the present position, unless there is one already."""
-        if self.position == self.saved:
+    def save(self, anyway: bool = True) -> None:
+        """Begin a checkpoint of the present position, unless there is one already. In the middle of bad steps the
+        last good checkpoint stays the one to go back to, unless the run ends here (``anyway``)."""
+        counts = self.bad.peek()
+        if self.position == self.saved or (counts["streak"] and not anyway):
             return
-        self.stats.check_finite(self.step)
         state = {
-            "images": self.position, "step": self.step, "world_size": self.world.size,
+            "images": self.position, "step": self.step, "world_size": self.world.size, "bad_steps": counts,
             "config": flatten(self.config),
         }  # fmt: skip
         run_info = {
@@ -190,14 +217,59 @@ class Trainer:
             "images": self.position, "step": self.step, "precision": self.config.train.precision,
             "seed": self.config.run.seed, "global_batch_size": self.config.train.global_batch_size,
         }  # fmt: skip
-        begin = time.monotonic()
         with self.stats.outside():
-            final = checkpoint.save(
-                self.folder / "checkpoints", self.world, self.model, self.ema, self.optimizer, state, run_info,
-                self.config.checkpoint.keep_last,
-            )  # fmt: skip
+            self.saver.start(self.engine, state, run_info)
         self.saved = self.position
-        self._say(f"saved {final} in {time.monotonic() - begin:.1f} s")
+
+    def _log(self) -> None:
+        """The row of the steps since the last one, and what their health asks for."""
+        counts = self.bad.read()
+        row = self.stats.row(self.step, self.position)
+        if counts["peak"]:
+            self._say(
+                f"step {self.step}: loss or gradient not finite; {counts['peak']} updates in a row left out, "
+                f"{counts['total']} so far"
+            )
+        if row is not None:
+            usual = self.spikes.usual(row["loss"])
+            row |= {"bad_steps": counts["total"]} if counts["total"] else {}
+            row |= {"spike": True} if usual is not None else {}
+            self.metrics.log(row)
+            if usual is not None:
+                self._spike(row["loss"], usual)
+        if counts["peak"] >= self.config.health.max_bad_steps:
+            self._roll_back(counts)
+
+    def _spike(self, loss: float, usual: float) -> None:
+        text = f"step {self.step}: loss spike, {loss:.4f} after {usual:.4f} on average"
+        if self.config.health.spike_stop:
+            self.saver.wait()
+            raise UserError(
+                f"health.spike_stop: {text}; nothing was saved since. Lower optimizer.lr, or set health.spike_stop="
+                "false, and run again"
+            )
+        self._say(text)
+
+    def _roll_back(self, counts: dict[str, int]) -> None:
+        """Weights, averages and optimizer of the last checkpoint; the position moves on, past the data between."""
+        self.saver.wait()
+        found = self._find_checkpoint()
+        if found is None:
+            raise health.no_way_back(self.position, counts, "there is no checkpoint to go back to")
+        if self._rolled_back and counts["good"] == 0:
+            raise health.no_way_back(self.position, counts, f"going back to {found.name} did not help")
+        self.engine.load(found, self.world.control)
+        self.bad.rolled_back()
+        self._rolled_back = True
+        self._say(
+            f"rolled back to {found} after {counts['peak']} bad steps in a row; goes on at image {self.position}, "
+            "past the data between"
+        )
+
+    def _recent_losses(self) -> list[float]:
+        """What ``metrics.jsonl`` still holds, as rank 0 reads it."""
+        rows = read_rows(self.folder)[-2 * health.Spikes.WINDOW :] if self.world.main else []
+        return self.world.broadcast([r["loss"] for r in rows if isinstance(r.get("loss"), float)])
 
     def _find_checkpoint(self) -> Path | None:
         """The run's own newest checkpoint, else ``checkpoint.resume_from``; settled by rank 0 for all."""
@@ -205,10 +277,11 @@ class Trainer:
             checkpoint.clean(self.folder / "checkpoints")
         return self.world.broadcast(find_checkpoint(self.config) if self.world.main else None)
 
-    def _restore(self) -> int:
+    def _restore(self) -> dict[str, Any]:
         if self.resume is None:
-            return 0
-        return checkpoint.load(self.resume, self.world, self.model, self.ema, self.optimizer)["images"]
+            return {"images": 0}
+        self.engine.load(self.resume, self.world.control)
+        return checkpoint.read_state(self.resume)
 
     def _calibrate(self, model: torch.nn.Module) -> float | None:
         """Start near the target ratio: see ``DCDiT.calibrate_router``. Every rank computes it on the same images;

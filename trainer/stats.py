@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.errors import UserError
 from model.flops import flops
 from trainer.config import Config
 from trainer.parallel import World
@@ -36,11 +35,10 @@ class StepStats:
         self.config, self.world, self.model_config = config, world, model_config
         name = torch.cuda.get_device_name() if world.device.type == "cuda" else ""
         self.peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
-        self.bad: torch.Tensor = torch.zeros((), device=world.device)
         self._reset()
 
     def _reset(self) -> None:
-        self.steps: list[torch.Tensor] = []  # one row of KEYS per step, on the device
+        self.steps: list[torch.Tensor] = []  # one row of KEYS and the gradient norm per step, on the device
         self._parts: list[dict[str, torch.Tensor]] = []
         self.seconds_data = self._away = 0.0
         self._start = time.perf_counter()
@@ -68,27 +66,33 @@ class StepStats:
         summed = [
             c.sum() if k in ("natural", "retained") else c.mean() for k, c in zip(KEYS, columns, strict=True)
         ]
-        self.steps.append(torch.stack(summed))
+        self.steps.append(torch.stack([*summed, norm.detach().float()]))
         self._parts = []
-        self.norm, self.lr, self.rho = norm.detach(), lr, tail_drop
-        self.bad += ~torch.isfinite(summed[0]) | ~torch.isfinite(self.norm)
+        self.lr, self.rho = lr, tail_drop
 
-    def row(self, step: int, images: int) -> dict[str, Any]:
-        """One row of ``metrics.jsonl``. The only place where training waits for the device."""
+    def row(self, step: int, images: int) -> dict[str, Any] | None:
+        """One row of ``metrics.jsonl``, the same on every rank; over the finite steps only, None where there is
+        none. The only place where training waits for the device."""
         local = torch.stack(self.steps).cpu()
         seconds = time.perf_counter() - self._start - self._away
         everyone = [torch.empty_like(local) for _ in range(self.world.size)]
         dist.all_gather(everyone, local, group=self.world.control)
         table = torch.stack(everyone).double()  # rank, step, key
+        count = len(self.steps)
+        table = table[:, torch.isfinite(table).all(dim=2).all(dim=0)]
+        if table.shape[1] == 0:
+            self._reset()
+            return None
+        norms, table = table[0, :, -1], table[:, :, :-1]
         mean = dict(zip(KEYS, table.mean(dim=(0, 1)).tolist(), strict=True))
-        batch, count = self.config.train.global_batch_size, len(self.steps)
+        batch = self.config.train.global_batch_size
         row = {
             "step": step, "images": images, "loss": mean["loss"], "loss_diffusion": mean["loss_diffusion"],
             "loss_mse": mean["loss_mse"], "loss_vlb": mean["loss_vlb"], "loss_ratio": mean["loss_ratio"],
         }  # fmt: skip
         row |= self._tokens(table, mean)
         row |= {
-            "images_per_second": batch * count / seconds, "grad_norm": float(self.norm), "lr": self.lr,
+            "images_per_second": batch * count / seconds, "grad_norm": float(norms[-1]), "lr": self.lr,
             "tail_drop": self.rho, "seconds_data": self.seconds_data / count,
             "seconds_step": seconds / count,
         }  # fmt: skip
@@ -96,20 +100,7 @@ class StepStats:
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         row |= self._speed(row)
         self._reset()
-        self.check_finite(step)
         return row
-
-    def check_finite(self, step: int) -> None:
-        """Stop before a checkpoint could be written from weights that are no longer numbers.
-
-        Raises:
-            UserError: some step since the start had a loss or gradient norm that was not finite.
-        """
-        if self.world.any(bool(self.bad.item())):
-            raise UserError(
-                f"train: the loss or the gradient norm was not finite at or before step {step}; nothing was saved "
-                "since. Lower optimizer.lr, or set train.precision=fp32, and start again from the last checkpoint"
-            )
 
     def _tokens(self, table: torch.Tensor, mean: dict[str, float]) -> dict[str, Any]:
         """compression = grid tokens per natural token; tokens = retained ones of a global batch; imbalance = most

@@ -35,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
+    # The `deepspeed` launcher adds this to every command; LOCAL_RANK says the same.
+    text.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     text.add_argument("overrides", metavar="key=value", nargs="*", help="any key of configs/base.yaml")
     return text
 
@@ -70,8 +72,12 @@ def check(config: Config, device: str = "auto") -> None:
     from trainer.data import open_data
     from trainer.loop import find_checkpoint
     from trainer.metrics import check_wandb
+    from trainer.optimizers import check_optimizer
+    from trainer.parallel import engine
     from trainer.parallel.world import rank_and_size
 
+    engine(config.parallel.engine)
+    check_optimizer(config)
     micro_batch(config, rank_and_size()[1])
     check_wandb(config)
     build_process(config)
@@ -104,10 +110,12 @@ def _check_backends(config: Config, sizes: Any, device: str) -> None:
 def run(config: Config, device: str = "auto") -> int:
     """Train as ``config`` says, with the processes torchrun started (one without it)."""
     from trainer.data import open_data
+    from trainer.health import record_flights
     from trainer.loop import Trainer
     from trainer.parallel import close_world, open_world
 
-    world = open_world(config.parallel.timeout_minutes, device)
+    record_flights(Path(config.run.dir))
+    world = open_world(config.parallel.start_timeout_minutes, device)
     try:
         if world.main:
             Path(config.run.dir).mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,17 @@ LAYOUTS = {
     "fsdp-2-accumulate": (2, ["parallel.engine=fsdp", "train.micro_batch_size=2"]),
     "ddp-2-accumulate": (2, ["parallel.engine=ddp", "train.micro_batch_size=2"]),
     "fsdp-2-recompute": (2, ["parallel.engine=fsdp", "parallel.activation_checkpointing=block"]),
+    "fsdp-2-selective": (2, ["parallel.engine=fsdp", "parallel.activation_checkpointing=selective"]),
+    "zero1-2": (2, ["parallel.engine=deepspeed", "parallel.zero_stage=1"]),
+    "zero2-2-accumulate": (
+        2,
+        ["parallel.engine=deepspeed", "parallel.zero_stage=2", "train.micro_batch_size=2"],
+    ),
+    "zero3-2": (2, ["parallel.engine=deepspeed", "parallel.zero_stage=3"]),
+    "zero3-2-accumulate": (
+        2,
+        ["parallel.engine=deepspeed", "parallel.zero_stage=3", "train.micro_batch_size=2"],
+    ),
     "hsdp-2x2": (4, ["parallel.engine=fsdp", "parallel.replicate=2"]),
     "workers": (2, ["data.num_workers=2"]),
 }

@@ -1,31 +1,36 @@
-"""One small interface, several engines: ``parallel.engine`` picks which one wraps the model.
+"""One small interface, several engines: ``parallel.engine`` picks the one that carries the model.
 
-An engine is a module with three functions:
-
-- ``wrap(model, world, config)`` -> the module to call in the step (the model itself or a wrapper of it);
-- ``accumulate(wrapped, last)`` -> a context for one micro-batch; gradients are reduced only on the last one;
-- ``clip(wrapped, max_norm)`` -> the global gradient norm before clipping, a float32 scalar tensor on the device.
+See ``trainer.parallel.engine.Engine`` for what the loop uses of it.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from model.errors import UserError
-from trainer.parallel import ddp, fsdp
+from trainer.parallel.engine import Engine
 from trainer.parallel.world import World, close_world, open_world
 
-ENGINES = {"fsdp": fsdp, "ddp": ddp}
+ENGINES = ("fsdp", "ddp", "deepspeed")
 
-__all__ = ["World", "close_world", "engine", "open_world"]
+__all__ = ["Engine", "World", "close_world", "engine", "open_world"]
 
 
-def engine(name: str) -> ModuleType:
-    """The engine module called ``name``.
+def engine(name: str) -> type[Engine]:
+    """The engine class called ``name``.
 
     Raises:
-        UserError: not one of ``ENGINES``.
+        UserError: not one of ``ENGINES``, or its library is not installed.
     """
-    if name not in ENGINES:
-        raise UserError(f"parallel.engine: {name!r} is not one of {', '.join(ENGINES)}")
-    return ENGINES[name]
+    if name == "fsdp":
+        from trainer.parallel.fsdp import FSDP
+
+        return FSDP
+    if name == "ddp":
+        from trainer.parallel.ddp import DDP
+
+        return DDP
+    if name == "deepspeed":
+        from trainer.parallel.deepspeed import DeepSpeed, import_deepspeed
+
+        import_deepspeed()
+        return DeepSpeed
+    raise UserError(f"parallel.engine: {name!r} is not one of {', '.join(ENGINES)}")

@@ -6,7 +6,8 @@ With ``parallel.replicate`` above 1 the mesh is (replicate, shard): sharded insi
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -14,49 +15,63 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from trainer.config import ParallelConfig
 from trainer.parallel.apply import checkpoint_blocks, compile_blocks
+from trainer.parallel.engine import TorchEngine
 from trainer.parallel.world import World
 
 
-def wrap(model: nn.Module, world: World, config: ParallelConfig, bf16: bool) -> nn.Module:
-    """Activation checkpointing, compile and sharding, in this order, innermost unit first."""
-    # FSDP warns of outputs that are views, in case they are changed in place; the models never do that.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    checkpoint_blocks(model, config.activation_checkpointing)
-    compile_blocks(model, config.compile)
-    mesh = _mesh(world, config.replicate)
-    # Autocast casts the inputs where that is right (and nowhere else: a bf16 timestep would lose digits).
-    compute = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.backbone.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=compute)
-    for name in ("router", "residual_proj"):  # fp32 whatever the precision of the rest (DC-DiT v2 §3.3)
-        if hasattr(model, name):
-            fully_shard(getattr(model, name), mesh=mesh, mp_policy=exact)
-    for name in ("encoder", "decoder"):
-        if hasattr(model, name):
-            fully_shard(getattr(model, name), mesh=mesh, mp_policy=compute)
-    # The root, too, is sharded again after a forward: an evaluation has no backward that would do it.
-    fully_shard(model, mesh=mesh, mp_policy=compute, reshard_after_forward=True)
-    model.to(world.device)  # buffers; parameters went to the mesh's device above
-    return model
+class FSDP(TorchEngine):
+    def wrap(self, model: nn.Module) -> FSDPModule:
+        """Activation checkpointing, compile, sharding and prefetch, in this order, innermost unit first."""
+        # FSDP warns of outputs that are views, in case they are changed in place; the models never do that.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        checkpoint_blocks(model, self.config.parallel.activation_checkpointing)
+        compile_blocks(model, self.config.parallel.compile)
+        if not hasattr(self, "mesh"):  # one for the model and its averages, whose shards then match
+            self.mesh = make_mesh(self.world, self.config.parallel.replicate)
+        # Autocast casts the inputs where that is right (and nowhere else: a bf16 timestep would lose digits).
+        compute = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if self.bf16 else None, reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )  # fmt: skip
+        exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.backbone.blocks:
+            fully_shard(block, mesh=self.mesh, mp_policy=compute)
+        for name in ("router", "residual_proj"):  # fp32 whatever the precision of the rest (DC-DiT v2 §3.3)
+            if hasattr(model, name):
+                fully_shard(getattr(model, name), mesh=self.mesh, mp_policy=exact)
+        for name in ("encoder", "decoder"):
+            if hasattr(model, name):
+                fully_shard(getattr(model, name), mesh=self.mesh, mp_policy=compute)
+        # The root, too, is sharded again after a forward: an evaluation has no backward that would do it.
+        fully_shard(model, mesh=self.mesh, mp_policy=compute, reshard_after_forward=True)
+        prefetch(model)
+        model.to(self.world.device)  # buffers; parameters went to the mesh's device above
+        return model
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        self.model.set_requires_gradient_sync(last)
+        yield
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        norm = super().clip(max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-@contextmanager
-def accumulate(wrapped: FSDPModule, last: bool) -> AbstractContextManager:
-    wrapped.set_requires_gradient_sync(last)
-    yield
+def prefetch(model: nn.Module) -> None:
+    """Each unit asks for the weights of the next one, in the order of the forward pass.
+
+    FSDP's own prefetch relies on a host that runs ahead of the device. Ours waits once, after the router, for the
+    packed length: by then the first block's weights must be on their way.
+    """
+    units = [getattr(model, name, None) for name in ("encoder", "router", "residual_proj")]
+    units = [u for u in [*units, *model.backbone.blocks, getattr(model, "decoder", None)] if u is not None]
+    for unit, following in zip(units, units[1:], strict=False):
+        unit.set_modules_to_forward_prefetch([following])
 
 
-def clip(wrapped: nn.Module, max_norm: float) -> torch.Tensor:
-    norm = nn.utils.clip_grad_norm_(wrapped.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _mesh(world: World, replicate: int) -> DeviceMesh:
+def make_mesh(world: World, replicate: int) -> DeviceMesh:
     if replicate == 1:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     shape = (replicate, world.size // replicate)

@@ -37,6 +37,24 @@ class World:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
         return bool(value.item())
 
+    def any_of_each(self, *flags: bool) -> tuple[bool, ...]:
+        """``any`` of several flags in one exchange."""
+        values = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control)
+        return tuple(bool(v) for v in values.tolist())
+
+    def gather(self, value: object) -> list:
+        """The picklable ``value`` of every rank, in order, on every rank."""
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def set_timeout(self, minutes: float) -> None:
+        """Of every collective from now on, in all groups (torch has no public call for a group that exists)."""
+        timeout = datetime.timedelta(minutes=minutes)
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
     def broadcast(self, value: object) -> object:
         """Rank 0's picklable ``value``, on every rank."""
         box = [value]
@@ -44,11 +62,25 @@ class World:
         return box[0]
 
 
+# Launchers name the same three things differently: torchrun and `deepspeed`, Open MPI (`deepspeed --launcher
+# openmpi`), and srun without torchrun.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+
+
 def rank_and_size() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's or Slurm's environment; (0, 1, 0) without one."""
+    """(rank, world size, local rank) from the launcher's environment; (0, 1, 0) without one.
+
+    Slurm sets its variables in every batch script too, so they count only beside a MASTER_ADDR, which a script
+    that means `srun python trainer/train.py` has to set anyway.
+    """
     env = os.environ
-    if "RANK" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    for rank, size, local in _LAUNCHERS:
+        if rank in env and size in env and (rank == "RANK" or "MASTER_ADDR" in env):
+            return int(env[rank]), int(env[size]), int(env.get(local, 0))
     return 0, 1, 0
 
 
@@ -56,7 +88,7 @@ def open_world(timeout_minutes: float = 30.0, device: str = "auto") -> World:
     """Join the process group (gloo on CPU, NCCL or RCCL beside gloo on GPUs) and pick this process's device.
 
     Args:
-        timeout_minutes: of a collective.
+        timeout_minutes: of a collective, until ``World.set_timeout``.
         device: ``auto`` takes a GPU where torch sees one; ``cpu`` or ``cuda`` insist.
 
     Raises:
@@ -76,7 +108,7 @@ def open_world(timeout_minutes: float = 30.0, device: str = "auto") -> World:
     if size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     full = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     return World(rank, size, local_rank, full, dist.new_group(backend="gloo", timeout=timeout))
 

@@ -1,0 +1,160 @@
+"""DeepSpeed ZeRO 1, 2 and 3. Its JSON is made from our config: there is no second file to keep in step.
+
+ZeRO 1 and 2 keep the weights whole, so their EMA copies are whole too. Under ZeRO 3 an EMA copy is partitioned like the
+weights, by an engine of its own without an optimizer; it is updated partition by partition, and nothing is gathered.
+
+The weights are fp32; bf16 is DeepSpeed's own autocast. (DeepSpeed's ``bf16`` section would round the router too.)
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from model.errors import UserError
+from trainer.config import Config
+from trainer.optimizers import build_optimizer
+from trainer.parallel.apply import checkpoint_blocks, compile_blocks
+from trainer.parallel.engine import Engine
+from trainer.parallel.world import World
+
+FOLDER, TAG = "deepspeed", "state"
+
+
+def import_deepspeed() -> Any:
+    """deepspeed, quiet, and on CPUs without the shared-memory op that it would compile for a minute.
+
+    Raises:
+        UserError: not installed.
+    """
+    try:
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+    except ImportError as error:
+        raise UserError(
+            f"parallel.engine: deepspeed cannot be imported ({error}); pip install deepspeed, or use fsdp"
+        ) from None
+    if not torch.cuda.is_available():
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    return deepspeed
+
+
+def deepspeed_config(config: Config, world_size: int, micro: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for ``config`` on ``world_size`` processes with ``micro`` images each."""
+    zero: dict[str, Any] = {"stage": config.parallel.zero_stage, "overlap_comm": torch.cuda.is_available()}
+    if config.parallel.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.parallel.zero_stage == 3:
+        # Whole copies kept of small weights would go stale in an EMA copy, which is updated by its partitions.
+        zero |= {"stage3_param_persistence_threshold": 0}
+    result = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": config.train.global_batch_size // (micro * world_size),
+        "gradient_clipping": config.optimizer.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,  # the progress line is ours
+    }
+    if config.train.precision == "bf16":
+        # No module whose weights and gradients travel in bf16: gathered and reduced in fp32.
+        result["torch_autocast"] = {
+            "enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": [],
+        }  # fmt: skip
+    return result
+
+
+class DeepSpeed(Engine):
+    def __init__(
+        self, model: nn.Module, averages: list[nn.Module], world: World, config: Config, micro: int
+    ) -> None:
+        super().__init__(config, world)
+        self.library, self.stage = import_deepspeed(), config.parallel.zero_stage
+        self.settings = deepspeed_config(config, world.size, micro)
+        for one in (model, *averages):
+            one.to(world.device)
+            checkpoint_blocks(one, config.parallel.activation_checkpointing)
+            compile_blocks(one, config.parallel.compile)
+        # Names and shapes before ZeRO 3 takes the parameters apart.
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        optimizer = build_optimizer(config, model.parameters())
+        self.model, self.optimizer = self._initialize(model, optimizer)
+        if self.stage == 3:
+            averages = [self._initialize(average, None)[0] for average in averages]
+            self.mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+        self.averages = dict(zip(self.names, averages, strict=True))
+
+    def _initialize(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[Any, Any]:
+        engine, wrapped, *_ = self.library.initialize(
+            model=model, optimizer=optimizer, config=dict(self.settings), dist_init_required=False
+        )
+        return engine, wrapped
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        yield
+        if not last:
+            self.model.step()  # only counts the micro-batch
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> torch.Tensor:
+        """DeepSpeed clips, and leaves a step out by itself where the norm is not finite (it reads it on the host)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.step()
+        norm = self.model.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device).detach().clone()
+
+    def shards(self, wrapped: nn.Module) -> list[torch.Tensor]:
+        return [getattr(p, "ds_tensor", p).data for p in wrapped.parameters()]
+
+    def state(self) -> dict[str, Any]:
+        """The averages; the rest is in DeepSpeed's own files. Under ZeRO 3 every parameter is one flat tensor,
+        split over the processes as DTensor splits, so that any number of them can read it."""
+        return {name: self._average_state(average) for name, average in self.averages.items()}
+
+    def _average_state(self, average: nn.Module) -> dict[str, torch.Tensor]:
+        if self.stage < 3:
+            return {plain_name(name): value for name, value in average.state_dict().items()}
+        module, state = average.module, {}
+        for name, p in module.named_parameters():
+            length, begin = self.shapes[name].numel(), self.world.rank * p.ds_tensor.numel()
+            local = p.ds_tensor.data[: max(0, min(p.ds_tensor.numel(), length - begin))]
+            state[plain_name(name)] = DTensor.from_local(
+                local, self.mesh, [Shard(0)], run_check=False, shape=(length,), stride=(1,)
+            )
+        return state | {plain_name(name): value for name, value in module.named_buffers()}
+
+    def save_own(self, folder: Path) -> None:
+        """Weights and optimizer as ``zero_to_fp32.py``, put beside them by DeepSpeed, reads them."""
+        self.model.save_checkpoint(str(folder / FOLDER), tag=TAG)
+
+    def load(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
+        path, _ = self.model.load_checkpoint(str(checkpoint / FOLDER), tag=TAG)
+        if path is None:
+            raise UserError(f"checkpoint {checkpoint}: DeepSpeed found nothing to load in it")
+        state = self.state()
+        dcp.load(
+            state, checkpoint_id=str(checkpoint), process_group=group
+        )  # in place: tensors are the averages'
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what activation checkpointing and compilation put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

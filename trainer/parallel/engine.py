@@ -1,0 +1,130 @@
+"""What the training loop sees of an engine, and what DDP and FSDP have in common."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from trainer.config import Config
+from trainer.ema import ema_names
+from trainer.optimizers import build_optimizer
+from trainer.parallel.world import World
+
+
+class Engine:
+    """The model that trains, its averages and its optimizer, spread over the processes one way or another.
+
+    ``model`` is what the step calls; ``averages`` maps the names of ``trainer.ema.ema_names`` to the EMA copies,
+    wrapped so that they can be called like the model.
+    """
+
+    model: nn.Module
+    averages: dict[str, nn.Module]
+    optimizer: Any
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.bf16 = config.train.precision == "bf16"
+        self.names = ema_names(config.ema.decay)
+
+    def accumulate(self, last: bool) -> AbstractContextManager:
+        """Around the forward and backward of one micro-batch; gradients are reduced on the last one."""
+        raise TypeError(f"{type(self).__name__} is no engine")
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The gradient of ``loss`` (a scalar, already divided by the accumulation).
+
+        A loss that is not finite makes every gradient of this process NaN, and so the gradient norm of all of
+        them: one number then tells every process the same, without a collective of its own. For a finite loss
+        the factor is exactly 1.
+        """
+        self._backward(loss * (1.0 + 0.0 * loss.detach()))
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> torch.Tensor:
+        """Clip to ``optimizer.clip``, update, clear the gradients. An update with a norm that is not finite is
+        left out, on the device. Returns the norm before clipping, the same float32 scalar on every process."""
+        raise TypeError(f"{type(self).__name__} is no engine")
+
+    @torch.no_grad()
+    def update_averages(self, decays: list[float]) -> None:
+        """ema <- decay * ema + (1 - decay) * model, in one fused call per copy and device."""
+        now = self.shards(self.model)
+        for average, decay in zip(self.averages.values(), decays, strict=True):
+            torch._foreach_lerp_(self.shards(average), now, 1.0 - decay)
+
+    def shards(self, wrapped: nn.Module) -> list[torch.Tensor]:
+        """This process's part of every parameter, in an order all copies share."""
+        return list(wrapped.parameters())
+
+    def state(self) -> dict[str, Any]:
+        """What torch.distributed.checkpoint writes and reads for this engine."""
+        raise TypeError(f"{type(self).__name__} is no engine")
+
+    def save_own(self, folder: Path) -> None:
+        """Write into ``folder`` what the engine keeps in a format of its own; every process calls it."""
+
+    def load(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
+        """Read ``checkpoint`` in place; every process calls it."""
+        raise TypeError(f"{type(self).__name__} is no engine")
+
+
+class TorchEngine(Engine):
+    """DDP and FSDP: torch's modules, torch's optimizer, one checkpoint format for both."""
+
+    def __init__(
+        self, model: nn.Module, averages: list[nn.Module], world: World, config: Config, micro: int = 0
+    ) -> None:
+        super().__init__(config, world)
+        self.model = self.wrap(model)
+        self.averages = {name: self.wrap(average) for name, average in zip(self.names, averages, strict=True)}
+        self.optimizer = build_optimizer(config, self.model.parameters())
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        raise TypeError(f"{type(self).__name__} is no engine")
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+    def step(self, lr: float) -> torch.Tensor:
+        norm = self.clip(self.config.optimizer.clip).detach()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.optimizer.defaults.get("fused"):
+            # torch's fused AdamW looks at this flag on the device (gradient scalers use it): no read by the host.
+            self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+            self.optimizer.step()
+        elif torch.isfinite(norm):  # other optimizers have no such flag: one read per step
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        averages = {name: get_model_state_dict(average) for name, average in self.averages.items()}
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            **averages,
+        }
+
+    def load(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
+        state = self.state()
+        dcp.load(state, checkpoint_id=str(checkpoint), process_group=group)
+        set_model_state_dict(self.model, state["model"])
+        for name, average in self.averages.items():
+            set_model_state_dict(average, state[name])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])

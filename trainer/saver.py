@@ -1,0 +1,170 @@
+"""Writing checkpoints, beside the training that goes on.
+
+A save has three parts. *Staging* copies this process's shards to host memory; the next optimizer step waits for it
+and for nothing else. *Writing* is torch.distributed.checkpoint's, in a thread, on a process group of its own: two
+threads that share a gloo group would mix up each other's collectives. *Finishing* is rank 0's, in a thread, once every
+process has written: the safetensors export of the averages, the marker, the rename, ``latest``, pruning. A kill at
+any moment leaves either a finished checkpoint or a folder that ``checkpoint.clean`` settles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from model.errors import UserError
+from trainer import checkpoint
+from trainer.config import Config
+from trainer.parallel import Engine, World
+
+
+class Saver:
+    """Writes the checkpoints of one run into ``folder`` (RUN/checkpoints), one at a time.
+
+    Args:
+        sizes: the model's config, for the exports.
+        say: prints a line that stays; called on rank 0.
+    """
+
+    def __init__(self, folder: Path, config: Config, world: World, sizes: Any, say: Callable) -> None:
+        self.folder, self.world, self.sizes, self.say = folder, world, sizes, say
+        self.options, self.batch = config.checkpoint, config.train.global_batch_size
+        self.group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="finish-checkpoint")
+        self._staging: Future | None = None
+        self._pending: Future | None = None
+        self._stager = _make_stager(world.device.type)
+
+    @property
+    def failed(self) -> bool:
+        """This process knows that the save under way went wrong."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def start(self, engine: Engine, state: dict[str, Any], run_info: dict[str, Any]) -> None:
+        """Begin to write the checkpoint of ``state["images"]``; every rank calls it. Waits for the one before.
+
+        Args:
+            state: what ``state.json`` holds; ``images`` and ``step`` at least.
+            run_info: what ``ema/run.json`` holds (diffusion, data, precision), for sampling without the run.
+
+        Raises:
+            UserError: the folder cannot be written, or the save before failed.
+        """
+        self.wait()
+        begin = time.monotonic()
+        final = self.folder / f"{state['images']:012d}"
+        temporary = self.folder / f".writing-{final.name}"
+        self._agree(lambda: _fresh(temporary) if self.world.main else None)
+        self._agree(lambda: engine.save_own(temporary))
+        response = dcp.async_save(
+            engine.state(), checkpoint_id=str(temporary), process_group=self.group,
+            **({"async_stager": self._stager} if self._stager else {}),
+        )  # fmt: skip
+        self._staging = getattr(response, "staging_completion", None)
+        written = getattr(response, "upload_completion", response)
+        if self.world.main:
+            names = list(engine.names)
+            self._pending = self._thread.submit(
+                self._finish, written, temporary, final, names, state, run_info, begin
+            )
+        else:
+            self._pending = written
+        if not self.options.asynchronous:
+            self.wait()
+
+    def staged(self) -> None:
+        """Wait until the weights may change."""
+        if self._staging is not None:
+            self._staging.result()
+            self._staging = None
+
+    def wait(self) -> None:
+        """Wait until the save under way is finished on every rank; every rank calls it.
+
+        Raises:
+            UserError: some process could not write.
+        """
+        if self._pending is not None or self._staging is not None:
+            self._agree(self._settle)
+
+    def close(self) -> None:
+        """After the last ``wait``."""
+        self._thread.shutdown()
+        if self._stager is not None:
+            self._stager.close()
+
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        self.staged()
+        if pending is not None:
+            pending.result()
+
+    def _agree(self, work: Callable[[], None]) -> None:
+        """Do ``work``; if it fails on one rank, raise the same error on all of them."""
+        problem = None
+        try:
+            work()
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one for ever
+            problem = _reason(error)
+        problems = [p for p in self.world.gather(problem) if p]
+        if problems:
+            raise UserError(
+                f"checkpoint: cannot write to {self.folder}: {problems[0]}; earlier checkpoints are as they were. "
+                "Mend that and run the same command again"
+            )
+
+    def _finish(
+        self, written: Future, temporary: Path, final: Path, names: list[str], state: dict[str, Any],
+        run_info: dict[str, Any], begin: float,
+    ) -> None:  # fmt: skip
+        written.result()
+        for name in names:
+            weights = checkpoint.read_whole(temporary, name)
+            checkpoint.export(temporary / name, self.sizes, weights, run_info)
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        checkpoint.complete(temporary)
+        checkpoint.move_into_place(temporary, final)
+        checkpoint.point_latest(self.folder, final.name)
+        checkpoint.prune(self.folder, self.options.keep_last, self.options.keep_every, self.batch)
+        self.say(f"saved {final} in {time.monotonic() - begin:.1f} s")
+
+
+def _make_stager(device: str) -> Any:
+    """Copies to the host in a thread, through pinned memory on GPUs. None where torch is older than this stager:
+    ``async_save`` then copies before it returns."""
+    try:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    except ImportError:
+        return None
+    gpu = device == "cuda"
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=gpu
+        )
+    )
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line: `CheckpointException` holds those of every rank."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        wrapped = next(iter(failures.values()))
+        return _reason(wrapped[0] if isinstance(wrapped, tuple) else wrapped)
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{os.strerror(error.errno)}" + (f" ({error.filename})" if error.filename else "")
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
