@@ -206,7 +206,8 @@ class Trainer:
         """Begin a checkpoint of the present position, unless there is one already. In the middle of bad steps the
         last good checkpoint stays the one to go back to, unless the run ends here (``anyway``)."""
         counts = self.bad.peek()
-        if self.position == self.saved or (counts["streak"] and not anyway):
+        unsure = counts["streak"] > 0 or (self._rolled_back and counts["good"] == 0)
+        if self.position == self.saved or (unsure and not anyway):
             return
         state = {
             "images": self.position, "step": self.step, "world_size": self.world.size, "bad_steps": counts,
