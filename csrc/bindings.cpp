@@ -263,6 +263,140 @@ std::tuple<Tensor, Tensor> dechunk_backward(const Tensor& grad, const Tensor& h,
   return {dh, dprob};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> limit(const Tensor& prob, const Tensor& retained, int64_t capacity) {
+  const char* op = "limit";
+  TORCH_CHECK_VALUE(prob.dim() == 2 && prob.size(1) >= 2, op, ": boundary_prob has shape ", prob.sizes(),
+                    ", expected (B, L) with L of at least 2");
+  const int64_t B = prob.size(0), L = prob.size(1);
+  TORCH_CHECK_VALUE(B * L < (int64_t(1) << 31), op, ": boundary_prob has 2**31 places or more; split the batch");
+  TORCH_CHECK_VALUE(capacity >= 2 * B && capacity <= B * L, op, ": capacity is ", capacity, ", expected ", 2 * B, " to ",
+                    B * L);
+  check_dtype(op, "boundary_prob", prob, at::kFloat);
+  check_dtype(op, "retained", retained, at::kBool);
+  check_shape(op, "retained", retained, {B, L});
+  const Tensor prob_ = prob.contiguous(), retained_ = retained.contiguous();
+  const auto ints = prob.options().dtype(at::kInt);
+  Tensor out = at::empty({B, L}, retained.options()), slot = at::empty({B * L}, ints), index = at::empty({capacity}, ints);
+  Tensor cu_seqlens = at::empty({B + 1}, ints), overflow = at::empty({}, ints);
+  kernels().limit({prob_.const_data_ptr<float>(), retained_.const_data_ptr<bool>(), out.mutable_data_ptr<bool>(),
+                   slot.mutable_data_ptr<int32_t>(), index.mutable_data_ptr<int32_t>(),
+                   cu_seqlens.mutable_data_ptr<int32_t>(), overflow.mutable_data_ptr<int32_t>(), B, L, capacity});
+  return {out, slot, index, cu_seqlens, overflow};
+}
+
+// The number of rows that images own; every entry is looked at, since it decides which memory is touched.
+int64_t check_rows(const char* op, const Tensor& cu_seqlens, int64_t T) {
+  TORCH_CHECK_VALUE(cu_seqlens.dim() == 1 && cu_seqlens.numel() > 0, op, ": cu_seqlens has shape ", cu_seqlens.sizes(),
+                    ", expected (B+1,)");
+  check_dtype(op, "cu_seqlens", cu_seqlens, at::kInt);
+  const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
+  const int64_t B = cu_seqlens.numel() - 1;
+  bool ascending = cu[0] == 0;
+  for (int64_t b = 0; b < B; ++b) ascending &= cu[b] <= cu[b + 1];
+  TORCH_CHECK_VALUE(ascending && cu[B] <= T, op, ": cu_seqlens must ascend from 0 to at most ", T);
+  return cu[B];
+}
+
+// The vectors of the images, (B, D) float32 with dense rows that may be apart.
+Tensor vectors(const char* op, const char* name, const Tensor& v, int64_t B, int64_t D) {
+  check_shape(op, name, v, {B, D});
+  type_of(op, name, v);
+  const Tensor wide = v.to(at::kFloat);
+  return D > 1 && wide.stride(1) != 1 ? wide.contiguous() : wide;
+}
+
+// Checks what both adaLN ops share and fills it in.
+template <class Params>
+void rows_of_images(const char* op, Params& p, const Tensor& x, const Tensor& cu_seqlens) {
+  TORCH_CHECK_VALUE(x.dim() == 2, op, ": x has shape ", x.sizes(), ", expected (T, D)");
+  check_rows(op, cu_seqlens, x.size(0));
+  p.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
+  p.B = cu_seqlens.numel() - 1, p.T = x.size(0), p.D = x.size(1);
+}
+
+// Units of the backward ones: images x blocks of channels.
+template <class Params, class Work>
+void each_block(const Params& p, const Work& work) {
+  const int64_t blocks = (p.D + Params::kBlock - 1) / Params::kBlock;
+  const int64_t size = p.T * p.D / std::max<int64_t>(1, p.B * blocks);
+  at::parallel_for(0, p.B * blocks, grain(size), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) work(unit / blocks, unit % blocks);
+  });
+}
+
+void zero_padding(Tensor& rows, int64_t used) {
+  if (used < rows.size(0)) rows.narrow(0, used, rows.size(0) - used).zero_();
+}
+
+Tensor modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, const Tensor& cu_seqlens, at::ScalarType dtype) {
+  const char* op = "modulate";
+  ModulateParams p{};
+  const Tensor x_ = x.contiguous(), cu = cu_seqlens.contiguous();
+  rows_of_images(op, p, x_, cu);
+  const Tensor shift_ = vectors(op, "shift", shift, p.B, p.D), scale_ = vectors(op, "scale", scale, p.B, p.D);
+  Tensor out = fresh({p.T, p.D}, x.options().dtype(dtype));
+  p.x = x_.const_data_ptr(), p.x_type = type_of(op, "x", x);
+  p.shift = shift_.const_data_ptr<float>(), p.shift_stride = shift_.stride(0);
+  p.scale = scale_.const_data_ptr<float>(), p.scale_stride = scale_.stride(0);
+  p.out = out.mutable_data_ptr(), p.out_type = type_of(op, "dtype", out);
+  at::parallel_for(0, p.T, grain(p.D), [&](int64_t begin, int64_t end) { kernels().modulate(p, begin, end); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> modulate_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                                     const Tensor& cu_seqlens) {
+  const char* op = "modulate_backward";
+  ModulateParams p{};
+  const Tensor grad_ = grad.contiguous(), x_ = x.contiguous(), cu = cu_seqlens.contiguous();
+  rows_of_images(op, p, x_, cu);
+  check_shape(op, "grad", grad, x.sizes());
+  const Tensor scale_ = vectors(op, "scale", scale, p.B, p.D);
+  Tensor dx = fresh(x_.sizes(), x_.options());
+  Tensor dshift = at::empty({p.B, p.D}, x.options().dtype(at::kFloat)), dscale = at::empty_like(dshift);
+  zero_padding(dx, p.cu_seqlens[p.B]);
+  p.x = x_.const_data_ptr(), p.x_type = type_of(op, "x", x);
+  p.scale = scale_.const_data_ptr<float>(), p.scale_stride = scale_.stride(0);
+  p.grad = grad_.const_data_ptr(), p.out_type = type_of(op, "grad", grad);
+  p.dx = dx.mutable_data_ptr();
+  p.dshift = dshift.mutable_data_ptr<float>(), p.dscale = dscale.mutable_data_ptr<float>();
+  each_block(p, [&](int64_t b, int64_t block) { kernels().modulate_backward(p, b, block); });
+  return {dx, dshift, dscale};
+}
+
+Tensor add_gated(const Tensor& x, const Tensor& gate, const Tensor& y, const Tensor& cu_seqlens) {
+  const char* op = "add_gated";
+  AddGatedParams p{};
+  const Tensor x_ = x.contiguous(), y_ = y.contiguous(), cu = cu_seqlens.contiguous();
+  rows_of_images(op, p, x_, cu);
+  check_shape(op, "y", y, x.sizes());
+  const Tensor gate_ = vectors(op, "gate", gate, p.B, p.D);
+  Tensor out = fresh(x_.sizes(), x_.options());
+  p.x = x_.const_data_ptr(), p.x_type = type_of(op, "x", x);
+  p.gate = gate_.const_data_ptr<float>(), p.gate_stride = gate_.stride(0);
+  p.y = y_.const_data_ptr(), p.y_type = type_of(op, "y", y);
+  p.out = out.mutable_data_ptr();
+  at::parallel_for(0, p.T, grain(p.D), [&](int64_t begin, int64_t end) { kernels().add_gated(p, begin, end); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> add_gated_backward(const Tensor& grad, const Tensor& gate, const Tensor& y,
+                                              const Tensor& cu_seqlens) {
+  const char* op = "add_gated_backward";
+  AddGatedParams p{};
+  const Tensor grad_ = grad.contiguous(), y_ = y.contiguous(), cu = cu_seqlens.contiguous();
+  rows_of_images(op, p, y_, cu);
+  check_shape(op, "grad", grad, y.sizes());
+  const Tensor gate_ = vectors(op, "gate", gate, p.B, p.D);
+  Tensor dy = fresh(y_.sizes(), y_.options()), dgate = at::empty({p.B, p.D}, y.options().dtype(at::kFloat));
+  zero_padding(dy, p.cu_seqlens[p.B]);
+  p.gate = gate_.const_data_ptr<float>(), p.gate_stride = gate_.stride(0);
+  p.y = y_.const_data_ptr(), p.y_type = type_of(op, "y", y);
+  p.grad = grad_.const_data_ptr(), p.x_type = type_of(op, "grad", grad);
+  p.dy = dy.mutable_data_ptr(), p.dgate = dgate.mutable_data_ptr<float>();
+  each_block(p, [&](int64_t b, int64_t block) { kernels().add_gated_backward(p, b, block); });
+  return {dy, dgate};
+}
+
 }  // namespace
 }  // namespace dcdit
 
@@ -272,6 +406,9 @@ TORCH_LIBRARY(dcdit, m) {
       "(Tensor natural, Tensor retained, Tensor slot, Tensor index, Tensor cu_seqlens)");
   m.def("gather_tokens(Tensor x, Tensor? pos, Tensor index, Tensor slot) -> Tensor");
   m.def("gather_tokens_backward(Tensor grad, Tensor slot, SymInt B, SymInt L) -> Tensor");
+  m.def(
+      "limit(Tensor boundary_prob, Tensor retained, SymInt capacity) -> "
+      "(Tensor retained_out, Tensor slot, Tensor index, Tensor cu_seqlens, Tensor overflow)");
   m.def("nearest(Tensor slot, SymInt B, SymInt H, SymInt W) -> Tensor");
   m.def(
       "dechunk(Tensor h, Tensor boundary_prob, Tensor natural, Tensor index, Tensor cu_seqlens, Tensor residual, "
@@ -279,6 +416,13 @@ TORCH_LIBRARY(dcdit, m) {
   m.def(
       "dechunk_backward(Tensor grad, Tensor h, Tensor boundary_prob, Tensor natural, Tensor index, Tensor cu_seqlens, "
       "Tensor smooth, SymInt H, SymInt W, float sigma) -> (Tensor dh, Tensor dprob)");
+  m.def("modulate(Tensor x, Tensor shift, Tensor scale, Tensor cu_seqlens, ScalarType dtype) -> Tensor");
+  m.def(
+      "modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor cu_seqlens) -> "
+      "(Tensor dx, Tensor dshift, Tensor dscale)");
+  m.def("add_gated(Tensor x, Tensor gate, Tensor y, Tensor cu_seqlens) -> Tensor");
+  m.def(
+      "add_gated_backward(Tensor grad, Tensor gate, Tensor y, Tensor cu_seqlens) -> (Tensor dy, Tensor dgate)");
 }
 
 TORCH_LIBRARY_IMPL(dcdit, CPU, m) {
@@ -288,4 +432,9 @@ TORCH_LIBRARY_IMPL(dcdit, CPU, m) {
   m.impl("nearest", &dcdit::nearest);
   m.impl("dechunk", &dcdit::dechunk);
   m.impl("dechunk_backward", &dcdit::dechunk_backward);
+  m.impl("limit", &dcdit::limit);
+  m.impl("modulate", &dcdit::modulate);
+  m.impl("modulate_backward", &dcdit::modulate_backward);
+  m.impl("add_gated", &dcdit::add_gated);
+  m.impl("add_gated_backward", &dcdit::add_gated_backward);
 }

@@ -7,7 +7,8 @@ Backends, best first:
 - flash2: flash-attention 2 (`flash_attn`), NVIDIA from Ampere on and AMD, bf16 or fp16
 - torch_varlen: torch.nn.attention.varlen, in torch from 2.10 on, GPUs, bf16 or fp16
 - sdpa: one scaled_dot_product_attention per sequence, or one for all where all are equally long; any device
-  and dtype. On the CPU the fastest of the ways tried (5x a block-diagonal nested tensor).
+  and dtype. On the CPU the fastest of the ways tried (5x a block-diagonal nested tensor). Where the host does not
+  know the lengths: the same inside one op on a CPU, masked on a GPU.
 """
 
 import importlib
@@ -18,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import cpu_attention
 from model.config import ATTENTION_BACKENDS
 from model.errors import UserError
+from model.ops.gather import MoveRows
 
 KERNELS = ("flash3", "flash2", "torch_varlen")  # in order of preference; sdpa is always there
 
@@ -46,6 +49,12 @@ def choose(backend: str, device: torch.device | str, dtype: torch.dtype, head_di
     if backend not in ATTENTION_BACKENDS:
         raise UserError(f"attention_backend={backend!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
     return _choose(backend, torch.device(device), dtype, head_dim)
+
+
+@torch.compiler.assume_constant_result  # a choice looks at the machine, which is no part of a compiled graph
+def chosen(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The name that `choose` gives."""
+    return choose(backend, device, dtype, head_dim).name
 
 
 @cache
@@ -76,17 +85,26 @@ def attend(
     seqlens: tuple[int, ...] | None,
     backend: str,
     uniform: int = 0,
+    spans: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k' / sqrt(K)) v within each sequence: (T, 3, N, K) -> (T, N, K), in qkv's dtype.
 
     backend is a resolved name (`choose`). max_seqlen is any bound on the lengths, the same every step, so
-    that nothing recompiles. seqlens, the lengths on the host, are read by sdpa alone. uniform > 0 says that
-    all sequences have that length.
+    that nothing recompiles. seqlens, the lengths on the host, are read by sdpa alone, which can do without
+    them (None). uniform > 0 says that all sequences have that length. spans is cu_seqlens continued over rows
+    that belong to no sequence (`chunking.cover`): the kernels take it in its place. Such rows give finite
+    numbers of no meaning, and whatever gradient does not come in does not go out.
     """
     if uniform:
         return _dense_sdpa(qkv_T3NK, uniform)
     if backend == "sdpa":
-        return _sdpa(qkv_T3NK, seqlens)
+        if seqlens is not None:
+            return _sdpa(qkv_T3NK, seqlens)
+        if qkv_T3NK.device.type == "cpu":
+            return cpu_attention.by_sequence(qkv_T3NK, cu_seqlens)[0]
+        return masked_sdpa(qkv_T3NK, cu_seqlens, max_seqlen)
+    if spans is not None:
+        cu_seqlens = spans
     q, k, v = qkv_T3NK.unbind(1)
     kernel = _kernel(backend)
     options = {}
@@ -109,6 +127,29 @@ def _sdpa(qkv_T3NK: Tensor, seqlens: tuple[int, ...]) -> Tensor:
 def _dense_sdpa(qkv_T3NK: Tensor, length: int) -> Tensor:
     q, k, v = qkv_T3NK.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+def masked_sdpa(qkv_T3NK: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Attention inside each sequence without lengths on the host: all rows against all where that is less work
+    (few images), else one padded row of max_seqlen per image. Rows of no sequence give finite numbers."""
+    rows, images = qkv_T3NK.shape[0], cu_seqlens.shape[0] - 1
+    row = torch.arange(rows, dtype=torch.int32, device=qkv_T3NK.device)
+    image = torch.bucketize(row, cu_seqlens[1:], right=True)
+    if rows**2 <= images * max_seqlen**2:
+        q, k, v = qkv_T3NK.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=image[:, None] == image[None, :])
+        return out[0].transpose(0, 1)
+    place = torch.arange(max_seqlen, dtype=torch.int32, device=row.device)
+    first, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    there = torch.where(place < end - first, first + place, -1).flatten()
+    back = row - torch.cat([cu_seqlens[:-1], row.new_full((1,), rows)])[image]
+    back = torch.where(image < images, image * max_seqlen + back, -1).to(torch.int32)
+    # Both maps are injective: gathers in either direction, so that no gradient is summed in any order.
+    padded = MoveRows.apply(qkv_T3NK.flatten(1), there, back)
+    q, k, v = padded.view(images, max_seqlen, *qkv_T3NK.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)
+    mask = (there >= 0).view(images, 1, 1, max_seqlen)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(len(there), -1)
+    return MoveRows.apply(out, back, there).unflatten(1, (qkv_T3NK.shape[2], -1))
 
 
 def _judge(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import attend
+from model import ops
+from model.attention import attend, compute_dtype
 from model.chunking import Packed
 from model.linear import Linear, linear
 
@@ -96,61 +97,15 @@ class ConvStack(nn.Module):
         return self.norm(image_to_tokens(x_BCHW))
 
 
-class Modulate(torch.autograd.Function):
-    """x_TD * (1 + scale_BD) + shift_BD, each row with the vectors of its image.
-
-    By hand for two reasons: the vectors spread over the tokens are not kept for the backward pass, and the
-    sums over an image's tokens are a product with its indicator, the same bits on every run, where indexed
-    addition on a GPU is not.
-    """
-
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, image_T: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, scale_BD, image_T)
-        ctx.shift_dtype = shift_BD.dtype
-        out_TD = x_TD * (1 + scale_BD).index_select(0, image_T)
-        return out_TD.add_(shift_BD.index_select(0, image_T))  # in place: one dense tensor less to touch
-
-    @staticmethod
-    def backward(ctx, grad_TD: Tensor):
-        x_TD, scale_BD, image_T = ctx.saved_tensors
-        images = scale_BD.shape[0]
-        dx_TD = (grad_TD * (1 + scale_BD).index_select(0, image_T)).to(x_TD.dtype)
-        dshift_BD = sum_per_image(grad_TD, image_T, images).to(ctx.shift_dtype)
-        dscale_BD = sum_per_image(grad_TD * x_TD, image_T, images).to(scale_BD.dtype)
-        return dx_TD, dshift_BD, dscale_BD, None
-
-
-class AddGated(torch.autograd.Function):
-    """x_TD + gate_BD * y_TD, each row with the gate of its image; by hand for the reasons of Modulate."""
-
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, gate_BD: Tensor, y_TD: Tensor, image_T: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_BD, y_TD, image_T)
-        ctx.x_dtype = x_TD.dtype
-        return x_TD + gate_BD.index_select(0, image_T) * y_TD
-
-    @staticmethod
-    def backward(ctx, grad_TD: Tensor):
-        gate_BD, y_TD, image_T = ctx.saved_tensors
-        dy_TD = (grad_TD * gate_BD.index_select(0, image_T)).to(y_TD.dtype)
-        dgate_BD = sum_per_image(grad_TD * y_TD, image_T, gate_BD.shape[0]).to(gate_BD.dtype)
-        return grad_TD.to(ctx.x_dtype), dgate_BD, dy_TD, None
-
-
-def sum_per_image(x_TD: Tensor, image_T: Tensor, images: int) -> Tensor:
-    """(T, D) -> (B, D): the sum over each image's rows."""
-    indicator_BT = image_T == torch.arange(images, device=image_T.device)[:, None]
-    with torch.autocast(x_TD.device.type, enabled=False):
-        return indicator_BT.to(x_TD.dtype) @ x_TD
-
-
 def modulate(x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, packed: Packed) -> Tensor:
     """x * (1 + scale) + shift with the vectors of each token's image."""
     if packed.uniform:
         x_BMD = x_TD.unflatten(0, (-1, packed.uniform))
         return (x_BMD * (1 + scale_BD[:, None]) + shift_BD[:, None]).flatten(0, 1)
-    return Modulate.apply(x_TD, shift_BD, scale_BD, packed.image)
+    # What follows is a linear layer: under autocast its input is written in autocast's dtype at once.
+    dtype = torch.promote_types(x_TD.dtype, shift_BD.dtype)
+    dtype = compute_dtype(x_TD.device.type, dtype) if dtype == torch.float32 else dtype
+    return ops.modulate(x_TD, shift_BD, scale_BD, packed.cu_seqlens, dtype=dtype, backend=packed.ops)
 
 
 def add_gated(x_TD: Tensor, gate_BD: Tensor, y_TD: Tensor, packed: Packed) -> Tensor:
@@ -158,7 +113,7 @@ def add_gated(x_TD: Tensor, gate_BD: Tensor, y_TD: Tensor, packed: Packed) -> Te
     if packed.uniform:
         x_BMD, y_BMD = (a.unflatten(0, (-1, packed.uniform)) for a in (x_TD, y_TD))
         return (x_BMD + gate_BD[:, None] * y_BMD).flatten(0, 1)
-    return AddGated.apply(x_TD, gate_BD, y_TD, packed.image)
+    return ops.add_gated(x_TD, gate_BD, y_TD, packed.cu_seqlens, backend=packed.ops)
 
 
 class Attention(nn.Module):
@@ -173,7 +128,13 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, packed: Packed) -> Tensor:
         qkv_T3NK = self.qkv(x_TD).unflatten(-1, (3, self.num_heads, -1))
         out_TNK = attend(
-            qkv_T3NK, packed.cu_seqlens, packed.max_seqlen, packed.seqlens, packed.attention, packed.uniform
+            qkv_T3NK,
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            packed.seqlens,
+            packed.attention,
+            packed.uniform,
+            packed.spans,
         )
         return self.proj(out_TNK.flatten(1))
 

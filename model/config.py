@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from model.errors import UserError
 
@@ -84,6 +85,12 @@ class DCDiTConfig:
     def encoder_size(self) -> int:
         """E, the width of encoder and decoder."""
         return self.hidden_size // self.enc_dec_dim_factor
+
+    @property
+    def capacity_share(self) -> tuple[int, int]:
+        """capacity_factor / target_ratio, the share of the grid that packing by capacity has room for, as a fraction
+        of whole numbers: a product in floating point would at times be rounded up one row too many."""
+        return Fraction(self.capacity_factor / self.target_ratio).limit_denominator(10**6).as_integer_ratio()
 
     @property
     def out_channels(self) -> int:

@@ -35,6 +35,7 @@ class DCDiT(Pretrained, nn.Module):
     def __init__(self, config: DCDiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.capacity_share = config.capacity_share if config.packing == "capacity" else None
         D, E = config.hidden_size, config.encoder_size
         self.x_embedder = TokenEmbedder(config.in_channels, E)
         self.t_embedder = TimestepEmbedder(D)
@@ -54,7 +55,8 @@ class DCDiT(Pretrained, nn.Module):
         """x (B, C, H, W) floating, t (B,) whole or float, y (B,) int64 in 0..K (K: no class) -> DCDiTOutput.
 
         tail_drop: share of the retained tokens to leave out, one number or one per image (B,), in [0, 1].
-        Raises ValueError for shapes that do not fit. One device-to-host read (chunking.finish).
+        Raises ValueError for shapes that do not fit. One device-to-host read (chunking.finish) with exact packing,
+        none with packing by capacity.
         """
         grid = check_inputs(self.config, x, t, y)
         backend = self.config.ops_backend
@@ -64,7 +66,7 @@ class DCDiT(Pretrained, nn.Module):
         x_BLD = self.encoder(x_BLE, c_BD, grid)
 
         boundary_prob_BL = self.router(x_BLD, grid)
-        selected = chunking.select(boundary_prob_BL, tail_drop, backend)
+        selected = chunking.select(boundary_prob_BL, tail_drop, backend, self._capacity(boundary_prob_BL))
         residual_BLD = self.residual_proj(x_BLD)
         routing = chunking.finish(boundary_prob_BL, selected, grid)
 
@@ -109,6 +111,10 @@ class DCDiT(Pretrained, nn.Module):
         self.router.rescale(logits, round(logits.numel() / self.config.target_ratio))
         return share
 
+    def _capacity(self, like_BL: Tensor) -> int | None:
+        """Rows of the packed batch where that is fixed, else None."""
+        return self.capacity_share and chunking.capacity(self.capacity_share, *like_BL.shape)
+
     def _positions(self, grid: Grid) -> Tensor:
         if grid == self.config.input_size:
             return self.pos_embed[0]
@@ -132,7 +138,7 @@ def attention_for(config, x: Tensor) -> str:
     """The attention backend for tokens like x under the autocast in force."""
     dtype = attention.compute_dtype(x.device.type, x.dtype)
     head_dim = config.hidden_size // config.num_heads
-    return attention.choose(config.attention_backend, x.device, dtype, head_dim).name
+    return attention.chosen(config.attention_backend, str(x.device), dtype, head_dim)
 
 
 def unpatchify(x_BLC: Tensor, grid: Grid, patch: int = 1) -> Tensor:

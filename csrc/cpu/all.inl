@@ -4,7 +4,9 @@ namespace DCDIT_ISA {
 
 #include "number.inl"
 
+#include "adaln.inl"
 #include "gather.inl"
+#include "limit.inl"
 #include "nearest.inl"
 #include "select.inl"
 
@@ -15,7 +17,8 @@ namespace DCDIT_ISA {
 #define DCDIT_STRING_(x) #x
 #define DCDIT_STRING(x) DCDIT_STRING_(x)
 extern const Kernels table = {DCDIT_STRING(DCDIT_ISA), select_images, select_pack,      rows,         nearest,
-                             dechunk_plan,  dechunk_forward, dechunk_backward, dechunk_sums, dechunk_scratch};
+                             dechunk_plan,  dechunk_forward, dechunk_backward, dechunk_sums, dechunk_scratch,
+                             limit,         modulate,        modulate_backward, add_gated,  add_gated_backward};
 
 }  // namespace DCDIT_ISA
 }  // namespace dcdit

@@ -26,6 +26,13 @@ struct Kernels {
   void (*dechunk_backward)(const DechunkParams&, const Window&, const ImagePlan&, int64_t b, int64_t block, float* scratch);
   void (*dechunk_sums)(const DechunkParams&, const Window&, const ImagePlan*, int64_t begin, int64_t end);
   int64_t (*dechunk_scratch)(int64_t most_tokens, int64_t W);
+
+  void (*limit)(const LimitParams&);
+  // adaLN. Forward: rows [begin, end). Backward: a block of kBlock channels of one image.
+  void (*modulate)(const ModulateParams&, int64_t begin, int64_t end);
+  void (*modulate_backward)(const ModulateParams&, int64_t b, int64_t block);
+  void (*add_gated)(const AddGatedParams&, int64_t begin, int64_t end);
+  void (*add_gated_backward)(const AddGatedParams&, int64_t b, int64_t block);
 };
 
 // The best table this processor can run; the environment variable DCDIT_ISA (base, avx2, avx512) can ask for less.

@@ -19,6 +19,18 @@ struct SelectParams {
   int64_t B, L;
 };
 
+// What of a selection fits into `capacity` packed rows. As from select: the two forced tokens of each image are retained.
+struct LimitParams {
+  const float* prob;        // (B, L)
+  const bool* retained_in;  // (B, L)
+  bool* retained;           // (B, L)
+  int32_t* slot;            // (B*L,)
+  int32_t* index;           // (capacity,), -1 from T on
+  int32_t* cu_seqlens;      // (B+1,)
+  int32_t* overflow;        // one number: how many tokens went
+  int64_t B, L, capacity;   // capacity >= 2 B
+};
+
 // rows of x through a map, plus the position row of each place: gather, and with x = gradient and map = slot its
 // backward.
 struct RowsParams {
@@ -62,6 +74,40 @@ struct DechunkParams {
   int64_t T;
 
   int64_t blocks() const { return (D + kBlock - 1) / kBlock; }
+};
+
+// x (1 + scale) + shift and its backward. Vectors of an image are float32, `*_stride` apart; rows from cu_seqlens[B] on
+// belong to no image.
+struct ModulateParams {
+  static constexpr int64_t kBlock = 256;  // channels that one unit of the backward takes
+
+  const void* x;  // (T, D)
+  const float *shift, *scale;
+  int64_t shift_stride, scale_stride;
+  const int32_t* cu_seqlens;  // (B+1,)
+  void* out;                  // forward: (T, D)
+  const void* grad;           // backward: (T, D), of out's type
+  void* dx;                   // backward: (T, D)
+  float *dshift, *dscale;     // backward: (B, D)
+  Type x_type, out_type;
+  int64_t B, T, D;
+};
+
+// x + gate y and its backward (that of x is the gradient itself).
+struct AddGatedParams {
+  static constexpr int64_t kBlock = 256;
+
+  const void* x;  // forward: (T, D)
+  const float* gate;
+  int64_t gate_stride;
+  const void* y;              // (T, D)
+  const int32_t* cu_seqlens;  // (B+1,)
+  void* out;                  // forward: (T, D), of x's type
+  const void* grad;           // backward: (T, D), of x's type
+  void* dy;                   // backward: (T, D)
+  float* dgate;               // backward: (B, D)
+  Type x_type, y_type;
+  int64_t B, T, D;
 };
 
 }  // namespace dcdit

@@ -1,4 +1,4 @@
-"""The chunking path as tensor operations: select, gather, nearest, de-chunk (DC-DiT v2 §3.3-3.4).
+"""The chunking path as tensor operations: select, limit, gather, nearest, de-chunk, adaLN (DC-DiT v2 §3.3-3.4).
 
 Every op has a plain PyTorch form (`torch`), and where built a native one (`native`: csrc/). "auto" takes
 the native form when it is loaded and serves the tensors' device, then Triton where one exists, else PyTorch.
@@ -10,9 +10,24 @@ to its place b*L + i. They are each other's inverse.
 """
 
 from model.ops._dispatch import BACKENDS, available, resolve
+from model.ops.adaln import add_gated, modulate
 from model.ops.dechunk import dechunk
 from model.ops.gather import gather_tokens
+from model.ops.limit import Limited, limit
 from model.ops.nearest import nearest
 from model.ops.select import Selection, select
 
-__all__ = ["BACKENDS", "Selection", "available", "dechunk", "gather_tokens", "nearest", "resolve", "select"]
+__all__ = [
+    "BACKENDS",
+    "Limited",
+    "Selection",
+    "add_gated",
+    "available",
+    "dechunk",
+    "gather_tokens",
+    "limit",
+    "modulate",
+    "nearest",
+    "resolve",
+    "select",
+]

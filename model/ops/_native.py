@@ -10,6 +10,10 @@ from pathlib import Path
 
 import torch
 
+from model.ops import _gradients
+
+OPS = ("select", "limit", "gather_tokens", "nearest", "dechunk", "modulate", "add_gated")
+
 _HERE = Path(__file__).parent
 _NOTE = _HERE / "_build.json"
 _MEND = "run `pip install --no-build-isolation -e .` in the repository"
@@ -38,6 +42,9 @@ def _load() -> tuple[str | None, str | None]:
         torch.ops.load_library(str(library))
     except OSError as error:
         return None, f"{library.name} does not load ({error}); {_MEND}"
+    missing = [op for op in OPS if not torch._C._dispatch_has_kernel(f"dcdit::{op}")]
+    if missing:
+        return None, f"the extension is older than its sources and lacks {', '.join(missing)}; {_MEND}"
     return str(library), None
 
 
@@ -87,6 +94,12 @@ def _register_fakes() -> None:
         mask = [boundary_prob.new_empty((B, L), dtype=torch.bool) for _ in range(2)]
         maps = [boundary_prob.new_empty((n,), dtype=torch.int32) for n in (B * L, B * L, B + 1)]
         return (*mask, *maps)
+
+    @torch.library.register_fake("dcdit::limit")
+    def _(boundary_prob, retained, capacity):
+        B, L = boundary_prob.shape
+        maps = [boundary_prob.new_empty(n, dtype=torch.int32) for n in ((B * L,), (capacity,), (B + 1,), ())]
+        return (torch.empty_like(retained), *maps)
 
     @torch.library.register_fake("dcdit::gather_tokens")
     def _(x, pos, index, slot):
@@ -144,4 +157,5 @@ if loaded():
     _register_fakes()
     _register_gather_autograd()
     _register_dechunk_autograd()
-    SERVES.update({op: devices(op) for op in ("select", "gather_tokens", "nearest", "dechunk")})
+    _gradients.register_adaln("dcdit")
+    SERVES.update({op: devices(op) for op in OPS})

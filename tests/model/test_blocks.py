@@ -17,21 +17,20 @@ def ragged(seqlens, width, seed=0):
     lengths = torch.tensor(seqlens)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
     tokens = torch.randn(sum(seqlens), width, generator=generator)
-    image = torch.arange(len(seqlens)).repeat_interleave(lengths)
-    return Packed(tokens, None, cu_seqlens, 64, tuple(seqlens), image)
+    return Packed(tokens, None, cu_seqlens, 64, tuple(seqlens))
 
 
 @pytest.mark.parametrize("function", [modulate, add_gated])
 def test_spreading_a_vector_over_an_images_tokens(function):
-    packed = ragged([3, 2, 7], 6)
+    packed, image = ragged([3, 2, 7], 6), torch.tensor([0, 0, 0, 1, 1, *[2] * 7])
     a, b = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
     x, y = packed.tokens.double(), torch.randn(12, 6, dtype=torch.float64)
     if function is modulate:
         args = [x, a, b]
-        want = x * (1 + b[packed.image]) + a[packed.image]
+        want = x * (1 + b[image]) + a[image]
     else:
         args = [x, a, y]
-        want = x + a[packed.image] * y
+        want = x + a[image] * y
     args = [v.clone().requires_grad_() for v in args]
     torch.testing.assert_close(function(*args, packed), want)
     assert torch.autograd.gradcheck(lambda *v: function(*v, packed), args)

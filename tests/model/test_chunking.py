@@ -30,7 +30,8 @@ def test_packed_batches_are_whole_ordered_and_never_empty(B, H, W, drop, seed):
     assert packed.cu_seqlens.diff().tolist() == list(packed.seqlens)
     assert min(packed.seqlens) >= min(2, L) and max(packed.seqlens) <= packed.max_seqlen == L
     assert routing.retained[:, [0, -1]].all() and (routing.natural | ~routing.retained).all()
-    assert torch.equal(packed.image, routing.index.long() // L)
+    owner = torch.bucketize(torch.arange(len(routing.index)), packed.cu_seqlens[1:], right=True)
+    assert torch.equal(owner, routing.index.long() // L)
     rows = torch.arange(len(routing.index), dtype=torch.int32)
     assert torch.equal(routing.slot[routing.index.long()], rows)
     assert torch.equal(routing.slot >= 0, routing.retained.flatten())
