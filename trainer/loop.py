@@ -176,6 +176,8 @@ class Trainer:
                 "natural": routing.natural.sum(),
                 "retained": routing.retained.sum(),
             }
+            if routing.overflow is not None:
+                parts["overflow"] = routing.overflow
         self.engine.backward(loss * scale)
         return {"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}}
 

@@ -25,7 +25,7 @@ PEAK_TFLOPS = {
     "MI300X": 1307,
     "MI355": 2500,
 }
-KEYS = ("loss", "loss_diffusion", "loss_ratio", "loss_mse", "loss_vlb", "natural", "retained")
+KEYS = ("loss", "loss_diffusion", "loss_ratio", "loss_mse", "loss_vlb", "natural", "retained", "overflow")
 
 
 class StepStats:
@@ -64,7 +64,8 @@ class StepStats:
         zero = torch.zeros((), device=self.world.device)
         columns = [torch.stack([p.get(k, zero).float() for p in self._parts]) for k in KEYS]
         summed = [
-            c.sum() if k in ("natural", "retained") else c.mean() for k, c in zip(KEYS, columns, strict=True)
+            c.sum() if k in ("natural", "retained", "overflow") else c.mean()
+            for k, c in zip(KEYS, columns, strict=True)
         ]
         self.steps.append(torch.stack([*summed, norm.detach().float()]))
         self._parts = []
@@ -104,17 +105,21 @@ class StepStats:
 
     def _tokens(self, table: torch.Tensor, mean: dict[str, float]) -> dict[str, Any]:
         """compression = grid tokens per natural token; tokens = retained ones of a global batch; imbalance = most
-        loaded rank over the mean (of retained tokens), averaged over steps."""
+        loaded rank over the mean (of retained tokens), averaged over steps; overflow (packing by capacity) = tokens of
+        a global batch that did not fit."""
         retained = table[:, :, KEYS.index("retained")]
         if float(retained.sum()) == 0:
             return {"compression": None, "tokens": None, "imbalance": 1.0}
         height, width = self.model_config.input_size
         grid = self.config.train.global_batch_size * height * width
-        return {
+        row = {
             "compression": grid / (mean["natural"] * self.world.size),
             "tokens": round(float(retained.sum(dim=0).mean())),
             "imbalance": float((retained.max(dim=0).values / retained.mean(dim=0)).mean()),
         }
+        if getattr(self.model_config, "packing", "exact") == "capacity":
+            row["overflow"] = mean["overflow"] * self.world.size
+        return row
 
     def _speed(self, row: dict[str, Any]) -> dict[str, Any]:
         """TFLOP/s per device, forward and backward counted as three forwards, and its share of the peak."""

@@ -176,7 +176,7 @@ class NoHostRead(TorchDispatchMode):
     """Fails on every operation whose result's shape, or a Python number, depends on what is in a tensor."""
 
     NEVER = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "item", "argwhere")
-    NEVER += ("unique_consecutive", "unique_dim", "_unique", "_unique2", "bincount", "histc")
+    NEVER += ("unique_consecutive", "unique_dim", "_unique", "_unique2", "bincount")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
