@@ -95,15 +95,20 @@ if [ -z "${DCDIT_STATUS_FILE:-}" ]; then
     export DCDIT_STATUS_FILE=$own_status
 fi
 
-agent='' stopping=0
-workers() { # torchrun's own children, and nobody else's: loader processes and loggers must not get the signal
-    cat "/proc/$agent/task/$agent/children" 2>/dev/null || pgrep -P "$agent"
+agent='' stopping=0 workers=()
+find_workers() { # torchrun's own children, and nobody else's: loader processes and loggers must not get the signal
+    workers=()
+    if [ -r "/proc/$agent/task/$agent/children" ]; then
+        read -r -a workers <"/proc/$agent/task/$agent/children"
+    else
+        mapfile -t workers < <(pgrep -P "$agent")
+    fi
 }
 # shellcheck disable=SC2317  # called by the traps
 stop() {
     if [ "$1" = INT ] && [ "$stopping" = INT ]; then # an impatient Ctrl-C Ctrl-C
-        # shellcheck disable=SC2046
-        kill -KILL "$agent" $(workers) 2>/dev/null
+        find_workers
+        kill -KILL "$agent" "${workers[@]}" 2>/dev/null
     fi
     stopping=$1
 }
@@ -123,9 +128,9 @@ agent=$!
 status=0
 while kill -0 "$agent" 2>/dev/null; do
     if [ "$stopping" != 0 ]; then
-        # shellcheck disable=SC2046
-        kill -USR1 $(workers) 2>/dev/null
-        sleep 1
+        find_workers
+        if [ ${#workers[@]} -gt 0 ]; then kill -USR1 "${workers[@]}"; fi 2>/dev/null
+        (trap '' TERM INT USR1 && exec sleep 1) # Slurm signals all of the task's processes: this one stays
     else
         wait "$agent"
         status=$?

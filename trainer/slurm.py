@@ -8,6 +8,7 @@ outliving ``torchrun``. Everything here does nothing where there is nothing to d
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import re
@@ -31,6 +32,7 @@ def begin() -> None:
     os.environ.update(ranks(os.environ))
     if STATUS_FILE in os.environ:  # launch/torchrun.sh hides SIGTERM from its agent, and so from us
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        atexit.register(_go_deaf)
     _die_with_torchrun()
 
 
@@ -76,6 +78,12 @@ def _die_with_torchrun() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _go_deaf() -> None:
+    """The launcher repeats a signal until we are gone, and Python puts the deadly defaults back on its way out."""
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def note_start(images: int) -> None:
     """Rank 0 tells the launcher where this attempt begins; a launcher that sees progress forgives earlier failures."""
     if os.environ.get("RANK", "0") == "0":
@@ -98,8 +106,6 @@ def leave(status: int) -> int:
         return status
     if status == EXIT_BAD_INPUT or os.environ.get("LOCAL_RANK", "0") == "0":
         _note(f"end {status}")
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):  # said again until we are gone: heard
-        signal.signal(number, signal.SIG_IGN)
     return EXIT_OK if status == EXIT_STOPPED else status
 
 

@@ -2,9 +2,7 @@
 # Sourced by launch/torchrun.sh on nodes with AMD GPUs. RCCL answers to the NCCL_* names and, like it, finds links and
 # cards by itself: set only what it cannot know. Values from outside win.
 
-# As in env/nvidia.sh; on ROCm too torch's process group goes by the name of NCCL.
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+# Warnings only; INFO prints which network was chosen.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # MI300: RCCL's kernels use scratch memory, and the runtime takes it back from idle queues and hands it out again at the

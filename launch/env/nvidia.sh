@@ -3,12 +3,10 @@
 # what is forced here would still be forced on the next cluster: set only what it cannot know. Values from outside win.
 
 # Every step allocates other sizes (ragged batches), which splits the allocator's blocks for good; segments that grow
-# keep the reserved memory near the used. (From torch 2.9 the name is PYTORCH_ALLOC_CONF; this one still works.)
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-
-# The last collectives of each rank, written out when one times out: which rank was missing, and in which call.
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+# keep the reserved memory near the used. (Newer torch calls it PYTORCH_ALLOC_CONF and still reads this name.)
+if [ -z "${PYTORCH_ALLOC_CONF:-}" ]; then
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+fi
 
 # Warnings only. INFO prints which network and which rings were chosen: the first thing to try when it is slow.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
@@ -26,6 +24,7 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # export NCCL_IB_DISABLE=1
 
 # Left alone, and why:
+# TORCH_FR_*, TORCH_NCCL_DUMP_ON_TIMEOUT   the trainer turns the flight recorder on itself, in run.dir
 # TORCH_NCCL_ASYNC_ERROR_HANDLING  torch's default (3) already ends the process when a collective fails or times out
 # CUDA_DEVICE_MAX_CONNECTIONS      1 keeps the order of launch that tensor parallelism wants; FSDP does not need it
 # NCCL_ALGO, NCCL_PROTO, NCCL_NTHREADS   NCCL's own choice by size and topology is hard to beat and easy to break

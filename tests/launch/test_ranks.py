@@ -1,7 +1,6 @@
 """trainer/slurm.py: ranks from srun, and asking Slurm to run the job again."""
 
 import os
-import signal
 
 import pytest
 
@@ -98,14 +97,6 @@ def test_only_rank_0_asks_and_not_under_our_launcher(job, monkeypatch, tmp_path)
     monkeypatch.setenv("DCDIT_REQUEUE", "0")
     slurm.stopped()
     assert not job.asked.exists()
-
-
-@pytest.fixture
-def signals_put_back():
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_a_status_that_cannot_be_written_is_said_and_kept(monkeypatch, tmp_path, capsys, signals_put_back):
