@@ -27,9 +27,9 @@ class DCDiTConfig:
     decoder (1: E = D). in_channels: C. num_classes: K; label K is the null class. input_size: (H, W) whose
     position table is stored; an int n means (n, n); the forward pass takes any H x W. target_ratio: N,
     mean tokens per retained token. dechunk_sigma: width of the smoothing, in grid units (1.0 at 32 x 32,
-    2.0 at 64 x 64). packing: "exact", as many packed rows as the router chose, or "capacity", always
-    ceil(capacity_factor * B * L / N) rows: no host read, the least probable tokens of the batch go where they
-    do not fit. allow_narrow_encoder: accept E = 32, where GroupNorm(32) cancels the conditioning of
+    2.0 at 64 x 64). packing: "exact", as many packed rows as the router chose, or "capacity", in
+    training mode always ceil(capacity_factor * B * L / N) rows: no host read, the least probable tokens of the
+    batch go where they do not fit. allow_narrow_encoder: accept E = 32, where GroupNorm(32) cancels the conditioning of
     encoder and decoder exactly; only for checkpoints that were made so.
     """
 

@@ -55,8 +55,8 @@ class DCDiT(Pretrained, nn.Module):
         """x (B, C, H, W) floating, t (B,) whole or float, y (B,) int64 in 0..K (K: no class) -> DCDiTOutput.
 
         tail_drop: share of the retained tokens to leave out, one number or one per image (B,), in [0, 1].
-        Raises ValueError for shapes that do not fit. One device-to-host read (chunking.finish) with exact packing,
-        none with packing by capacity.
+        Raises ValueError for shapes that do not fit. One device-to-host read (chunking.finish) with exact packing
+        and in eval mode, none in training with packing by capacity.
         """
         grid = check_inputs(self.config, x, t, y)
         backend = self.config.ops_backend
@@ -112,8 +112,14 @@ class DCDiT(Pretrained, nn.Module):
         return share
 
     def _capacity(self, like_BL: Tensor) -> int | None:
-        """Rows of the packed batch where that is fixed, else None."""
-        return self.capacity_share and chunking.capacity(self.capacity_share, *like_BL.shape)
+        """Rows of the packed batch where that is fixed, else None.
+
+        Only in training mode: its batches mix all noise levels. A sampler's batch has one, and at low noise most of
+        its images would retain more than the mean that the capacity is made for.
+        """
+        if self.capacity_share is None or not self.training:
+            return None
+        return chunking.capacity(self.capacity_share, *like_BL.shape)
 
     def _positions(self, grid: Grid) -> Tensor:
         if grid == self.config.input_size:

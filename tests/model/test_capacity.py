@@ -61,6 +61,17 @@ def test_exact_and_capacity_agree_where_all_fits(monkeypatch, form, precision, b
         torch.testing.assert_close(grad / scale, want_grads[name] / scale, rtol=rtol, atol=atol, msg=name)
 
 
+def test_eval_mode_packs_exactly():
+    exact, _ = pair()
+    tight = tiny_dcdit(packing="capacity", capacity_factor=0.5)
+    tight.load_state_dict(exact.state_dict())
+    data = batch(exact.config, 3)
+    with torch.no_grad():
+        assert tight(*data).routing.overflow > 0
+        want, got = exact(*data), tight.eval()(*data)
+    assert torch.equal(got.sample, want.sample) and got.routing.seqlens == want.routing.seqlens
+
+
 @pytest.mark.parametrize("grid", [(6, 10), (1, 9)])
 @pytest.mark.parametrize("images", [1, 3])
 def test_any_grid_and_batch(grid, images):
