@@ -115,6 +115,8 @@ def clean(folder: Path) -> None:
             move_into_place(written, folder / written.name.removeprefix(".writing-"))
         else:
             shutil.rmtree(written, ignore_errors=True)
+    for converted in folder.glob(".universal-*"):
+        shutil.rmtree(converted, ignore_errors=True)
     for old in folder.glob(".old-*"):
         final = folder / old.name.removeprefix(".old-")
         if final.exists():

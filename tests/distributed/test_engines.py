@@ -47,22 +47,40 @@ def test_equal_losses(runs, reference, layout):
         assert ours["share_by_class"] == pytest.approx(theirs["share_by_class"], abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        ((2, "fsdp"), (1, "ddp")),
-        ((1, "ddp"), (2, "fsdp")),
-        ((2, "fsdp"), (4, "fsdp")),
-        ((4, "fsdp"), (2, "ddp")),
-    ],
-)
-def test_a_checkpoint_goes_on_with_other_processes_and_engines(runs, reference, first, second):
-    name = f"{first[0]}{first[1]}-{second[0]}{second[1]}"
-    # The first leg is stopped by its total; the position in images is all that the second needs.
-    runs.run(name, first[0], f"parallel.engine={first[1]}", "train.total_images=48")
-    output = runs.run(name, second[0], f"parallel.engine={second[1]}")
-    assert "resumed from" in output
+def test_a_checkpoint_goes_on_with_other_processes_and_engines(runs):
+    """One run handed on: 12 images a step, so that 3 processes divide them; their shards of 64 rows are uneven.
+
+    A group of the ratio loss never crosses micro-batches, so its size must divide all of them: 1 here.
+    """
+    settings = ["train.global_batch_size=12", "train.ratio_group=1"]
+    runs.run("one", 1, *settings, "parallel.engine=ddp")
+    legs = [(3, "fsdp", 24), (2, "ddp", 48), (4, "fsdp", 72), (1, "fsdp", 84), (2, "fsdp", 96)]
+    for processes, engine, images in legs:
+        # Each leg is stopped by its total; the position in images is all that the next needs.
+        output = runs.run(
+            "handed-on", processes, *settings, f"train.total_images={images}", f"parallel.engine={engine}"
+        )
+        assert ("resumed from" in output) == (images > 24)
+    assert runs.losses("handed-on") == pytest.approx(runs.losses("one"), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_deepspeed_checkpoint_goes_on_with_other_processes(runs, reference, stage):
+    name, settings = f"zero{stage}-handed-on", ["parallel.engine=deepspeed", f"parallel.zero_stage={stage}"]
+    for processes, images in ((2, 48), (1, 72), (4, 96)):
+        output = runs.run(name, processes, *settings, f"train.total_images={images}")
+        assert ("resumed from" in output) == (images > 48)
     assert runs.losses(name) == pytest.approx(reference[0], abs=TOLERANCE)
+    assert not list((runs.folder / name / "checkpoints").glob(".*"))
+
+
+def test_deepspeed_refuses_what_it_cannot_go_on_from(runs):
+    settings = ["parallel.engine=deepspeed", "train.total_images=24"]
+    runs.run("zero", 1, *settings)
+    output = runs.run("zero", 1, "parallel.engine=fsdp", status=2)
+    assert "error: parallel.engine: fsdp, but the checkpoint is deepspeed's" in output
+    output = runs.run("zero", 1, "parallel.engine=deepspeed", "parallel.zero_stage=3", status=2)
+    assert "error: parallel.zero_stage: 3, but the checkpoint was made with 2" in output
 
 
 def test_bfloat16_follows_float32(runs, reference):

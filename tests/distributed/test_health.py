@@ -45,6 +45,8 @@ def test_too_many_bad_steps_go_back_to_the_last_checkpoint_and_past_the_data(run
     assert rows[-1]["bad_steps"] == 3
     kept = sorted(f.name for f in (runs.folder / name / "checkpoints").glob("0*"))
     assert kept == [f"{n:012d}" for n in (24, 48, 96)], "none was written in the middle of bad steps"
+    if engine != "fsdp":
+        return
     # A kill after that, and the same command, end in the same place: the fault is in the data.
     again = f"again-{engine}"
     runs.kill_at(again, 56, 2, *settings, fault="nan:56-80", delay=0.5)

@@ -9,6 +9,10 @@ The weights are fp32; bf16 is DeepSpeed's own autocast. (DeepSpeed's ``bf16`` se
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from model.errors import UserError
+from trainer.checkpoint import read_state
 from trainer.config import Config
 from trainer.optimizers import build_optimizer
 from trainer.parallel.apply import checkpoint_blocks, compile_blocks
@@ -83,6 +88,7 @@ class DeepSpeed(Engine):
         self, model: nn.Module, averages: list[nn.Module], world: World, config: Config, micro: int
     ) -> None:
         super().__init__(config, world)
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed insists, also without a launcher
         self.library, self.stage = import_deepspeed(), config.parallel.zero_stage
         self.settings = deepspeed_config(config, world.size, micro)
         for one in (model, *averages):
@@ -146,13 +152,52 @@ class DeepSpeed(Engine):
         self.model.save_checkpoint(str(folder / FOLDER), tag=TAG)
 
     def load(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
-        path, _ = self.model.load_checkpoint(str(checkpoint / FOLDER), tag=TAG)
-        if path is None:
-            raise UserError(f"checkpoint {checkpoint}: DeepSpeed found nothing to load in it")
+        if read_state(checkpoint)["world_size"] == self.world.size:
+            self._load_own(checkpoint / FOLDER)
+        else:
+            self._load_resharded(checkpoint)
         state = self.state()
         dcp.load(
             state, checkpoint_id=str(checkpoint), process_group=group
         )  # in place: tensors are the averages'
+
+    def _load_own(self, folder: Path) -> None:
+        path, _ = self.model.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise UserError(f"checkpoint {folder.parent}: DeepSpeed found nothing to load in it")
+
+    def _load_resharded(self, checkpoint: Path) -> None:
+        """DeepSpeed reads another number of processes only from its universal format: rank 0 converts, all load."""
+        target = Path(self.config.run.dir) / "checkpoints" / f".universal-{checkpoint.name}"
+        problem = self.world.broadcast(self._convert(checkpoint, target) if self.world.main else None)
+        if problem:
+            raise UserError(
+                f"checkpoint {checkpoint}: DeepSpeed cannot convert it to {self.world.size} processes: {problem}; "
+                f"go on with the {read_state(checkpoint)['world_size']} that wrote it"
+            )
+        settings = self.model._config
+        settings.load_universal_checkpoint = True
+        try:
+            self._load_own(target)
+        finally:
+            settings.load_universal_checkpoint = False
+        self.world.barrier()
+        if self.world.main:
+            shutil.rmtree(target, ignore_errors=True)
+
+    def _convert(self, checkpoint: Path, target: Path) -> str | None:
+        """The last line of what DeepSpeed's converter says where it fails."""
+        shutil.rmtree(target, ignore_errors=True)
+        # Stages 1 and 2 do not write all that the converter looks for; stage 3 does, and refuses the flag.
+        extra = [] if self.stage == 3 else ["--inject_missing_state"]
+        command = [
+            sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *extra,
+            "--input_folder", str(checkpoint / FOLDER / TAG), "--output_folder", str(target / TAG),
+        ]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode == 0:
+            return None
+        return (done.stdout.strip().splitlines() or ["no output"])[-1]
 
 
 def plain_name(name: str) -> str:
