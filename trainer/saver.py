@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from model.errors import UserError
 from trainer import checkpoint
@@ -113,7 +114,8 @@ class Saver:
         problem = None
         try:
             work()
-        except Exception as error:  # whatever it is, the other ranks must not wait for this one for ever
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
+            # Whatever it is, the other ranks must not wait for this one for ever.
             problem = _reason(error)
         problems = [p for p in self.world.gather(problem) if p]
         if problems:
