@@ -14,6 +14,17 @@ LAYOUTS = {
     "ddp-2-accumulate": (2, ["parallel.engine=ddp", "train.micro_batch_size=2"]),
     "fsdp-2-recompute": (2, ["parallel.engine=fsdp", "parallel.activation_checkpointing=block"]),
     "fsdp-2-selective": (2, ["parallel.engine=fsdp", "parallel.activation_checkpointing=selective"]),
+    # Room for every token (4 times 1/N): what fits is the same whatever the micro-batch.
+    "fsdp-2-capacity": (2, ["model.packing=capacity", "model.capacity_factor=4"]),
+    "zero3-2-capacity": (
+        2,
+        [
+            "parallel.engine=deepspeed",
+            "parallel.zero_stage=3",
+            "model.packing=capacity",
+            "model.capacity_factor=4",
+        ],
+    ),
     "zero1-2": (2, ["parallel.engine=deepspeed", "parallel.zero_stage=1"]),
     "zero2-2-accumulate": (
         2,
