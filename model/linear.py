@@ -49,6 +49,7 @@ class OneDNNLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
+        grad = grad.contiguous()  # an expanded gradient would send oneDNN to its reference loops, 200x slower
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         dx = _product(grad, weight.t()) if needs_x else None
         dweight = _weight_gradient(grad, x) if needs_weight else None
