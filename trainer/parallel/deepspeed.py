@@ -88,7 +88,9 @@ class DeepSpeed(Engine):
         self, model: nn.Module, averages: list[nn.Module], world: World, config: Config, micro: int
     ) -> None:
         super().__init__(config, world)
-        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed insists, also without a launcher
+        os.environ.setdefault(
+            "LOCAL_RANK", str(world.local_rank)
+        )  # DeepSpeed insists, also without a launcher
         self.library, self.stage = import_deepspeed(), config.parallel.zero_stage
         self.settings = deepspeed_config(config, world.size, micro)
         for one in (model, *averages):
