@@ -45,7 +45,9 @@ def make(folder: Path, format: str, samples: int) -> Path:
         entries.append(write_shard(folder / "train", number, rows, format))
     sums = {"train": checksum(write_index(folder / "train", entries, format))}
     names = tuple(str(k) for k in range(1000))
-    Manifest("latents", *SHAPE, names, {"train": samples}, 0.18215, format=format, checksums=sums).write(folder)
+    Manifest("latents", *SHAPE, names, {"train": samples}, 0.18215, format=format, checksums=sums).write(
+        folder
+    )
     return folder
 
 
@@ -87,7 +89,9 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--workers", default="0,1,2", help="numbers of loader processes (default: 0,1,2)")
     add("--samples", type=int, default=8192)

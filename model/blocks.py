@@ -4,8 +4,8 @@ Shapes: B images, H x W grid, L = H*W tokens in row-major order, T packed tokens
 E width of encoder and decoder, C any channel count. A grid of tokens (B, L, C) is, without a copy, an image
 (B, C, H, W) in channels-last layout: convolutions read and write tokens.
 
-Each normalisation hands on its weights' dtype: float32 under autocast, so that the residual stream of the
-backbone is kept in float32, and bfloat16 where the whole model is bfloat16.
+Normalisations and embeddings hand on float32 under autocast (`stream_dtype`), so the residual stream of the backbone
+and the router's input are float32, and bfloat16 where the whole model is bfloat16.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model import ops
 from model.attention import attend, compute_dtype
 from model.chunking import Packed
-from model.linear import Linear, linear
+from model.linear import Linear, linear, stream_dtype
 
 Grid = tuple[int, int]
 
@@ -44,17 +44,27 @@ class Float32Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, eps 1e-5, in the weight's dtype."""
+    """x / rms(x) * weight over the last dimension, eps 1e-5, in the stream's dtype."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, 1e-5)
+        dtype = stream_dtype(self.weight)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), 1e-5)
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm in the stream's dtype."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        dtype = stream_dtype(self.weight)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.group_norm(x_BCHW.to(dtype), self.num_groups, weight, bias, self.eps)
 
 
 class ConvBlock(nn.Module):
@@ -66,15 +76,15 @@ class ConvBlock(nn.Module):
     def __init__(self, width_in: int, width_out: int, condition: int) -> None:
         super().__init__()
         inner = min(width_in, width_out)
-        self.norm1 = nn.GroupNorm(32, width_in)
+        self.norm1 = GroupNorm(32, width_in)
         self.conv1 = nn.Conv2d(width_in, inner, 3, padding=1)
         self.condition = nn.Linear(condition, inner)
-        self.norm2 = nn.GroupNorm(32, inner)
+        self.norm2 = GroupNorm(32, inner)
         self.conv2 = nn.Conv2d(inner, width_out, 3, padding=1)
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x_BCHW: Tensor, c_BD: Tensor) -> Tensor:
-        x_BCHW = x_BCHW.to(self.norm1.weight.dtype)
+        x_BCHW = x_BCHW.to(stream_dtype(self.norm1.weight))
         h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
         h_BCHW = h_BCHW + self.condition(F.silu(c_BD))[:, :, None, None]
         h_BCHW = self.conv2(F.silu(self.norm2(h_BCHW)))

@@ -105,6 +105,8 @@ def select(
     """
     images = boundary_prob.shape[0]
     if not isinstance(tail_drop, Tensor):
+        if not isinstance(tail_drop, int | float):
+            raise ValueError(f"tail_drop is a {type(tail_drop).__name__}, expected a number or a tensor (B,)")
         if not 0.0 <= tail_drop <= 1.0:
             raise ValueError(f"tail_drop={tail_drop} is not between 0 and 1")
         tail_drop = torch.full((images,), float(tail_drop), device=boundary_prob.device)
@@ -112,6 +114,9 @@ def select(
         tail_drop = tail_drop.expand(images)
     if tail_drop.shape != (images,):
         raise ValueError(f"tail_drop has shape {tuple(tail_drop.shape)}, expected one per image: ({images},)")
+    if rows is None and tail_drop.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not ((tail_drop >= 0) & (tail_drop <= 1)).all():
+            raise ValueError("tail_drop has values outside [0, 1]")
     tail_drop = tail_drop.to(boundary_prob.device, torch.float32)
     prob = boundary_prob.detach().float()
     selection = ops.select(prob, tail_drop, backend=backend)

@@ -129,6 +129,11 @@ class DCDiT(Pretrained, nn.Module):
 
 def check_inputs(config, x: Tensor, t: Tensor, y: Tensor) -> Grid:
     """The grid (H, W) of a batch. Raises ValueError, naming the argument, for shapes that do not fit."""
+    for name, value in (("x", x), ("t", t), ("y", y)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}, expected a tensor")
+    if y.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"y has dtype {y.dtype}, expected int64 labels")
     if x.dim() != 4 or x.shape[1] != config.in_channels:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, {config.in_channels}, H, W)")
     B, _, H, W = x.shape

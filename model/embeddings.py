@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from model.linear import stream_dtype
+
 FREQUENCIES = 256  # width of the sinusoidal timestep code, cosines first
 
 
@@ -59,7 +61,14 @@ class LabelEmbedder(nn.Module):
         self.table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, y_B: Tensor) -> Tensor:
-        return self.table(y_B)
+        try:
+            y_BD = self.table(y_B)
+        except IndexError:  # from the CPU; a GPU would need a host read to tell
+            last = self.table.num_embeddings - 1
+            raise ValueError(
+                f"y: a label is out of range; classes are 0..{last - 1}, {last} is no class"
+            ) from None
+        return y_BD.to(stream_dtype(self.table.weight))
 
     def reset(self) -> None:
         nn.init.normal_(self.table.weight, std=0.02)

@@ -76,3 +76,9 @@ if _ONEDNN:
         for n in x_shape[:-1]:
             rows *= n
         return 2 * rows * x_shape[-1] * weight_shape[0]
+
+
+def stream_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of what normalisations and embeddings hand on: float32 under autocast, also where FSDP has made the
+    weights bfloat16, so that every engine and sampling round alike; without autocast the weights' own."""
+    return torch.float32 if torch.is_autocast_enabled(weight.device.type) else weight.dtype

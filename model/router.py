@@ -80,7 +80,9 @@ class SpatialRouter(nn.Module):
         Spread-out logits make the retained share answer gently to a step of the optimizer."""
         ordered = logits.float().flatten().sort(descending=True).values
         keep = min(max(keep, 1), ordered.numel() - 1)
-        middle = (ordered[keep - 1] + ordered[keep]) / 2  # between the last that stays and the first that goes
+        middle = (
+            ordered[keep - 1] + ordered[keep]
+        ) / 2  # between the last that stays and the first that goes
         scale = 1 / ordered.std().clamp(min=1e-6)
         last = self.scorer[3]
         last.weight *= scale

@@ -14,6 +14,13 @@ from trainer.config import Config
 from trainer.data import Manifest, check_batch
 from trainer.ema import ema_names
 
+# Fields of the model's config that the trainer's config names elsewhere, and reads there too.
+OWN_KEYS = {
+    "router": "model.router", "target_ratio": "model.target_ratio", "dechunk_sigma": "model.dechunk_sigma",
+    "packing": "model.packing", "capacity_factor": "model.capacity_factor", "ops_backend": "ops.backend",
+    "attention_backend": "attention.backend", "learn_sigma": "diffusion.learn_sigma",
+}  # fmt: skip
+
 
 def model_config(config: Config, manifest: Manifest) -> DCDiTConfig | DiTConfig:
     """The model's own config: the preset, sized for the data, with ``model.overrides`` on top.
@@ -27,6 +34,8 @@ def model_config(config: Config, manifest: Manifest) -> DCDiTConfig | DiTConfig:
         "num_classes": manifest.num_classes,
     }
     for key, value in config.model.overrides.items():
+        if key in OWN_KEYS:
+            raise UserError(f"model.overrides.{key}: has a key of its own; set {OWN_KEYS[key]} instead")
         if key in from_data and value not in (from_data[key], list(np.atleast_1d(from_data[key]))):
             raise UserError(
                 f"model.overrides.{key}: {value}, but the shards in data.path have {from_data[key]}; leave it out"

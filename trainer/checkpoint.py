@@ -103,6 +103,12 @@ def verify(checkpoint: Path) -> None:
             raise UserError(f"checkpoint {checkpoint}: {name} {what}; {_mend(checkpoint)}")
 
 
+def unreadable(checkpoint: Path, error: Exception) -> str:
+    """The message for files of the right size with wrong bytes in them."""
+    what = " ".join(str(error).split())[:160] or type(error).__name__
+    return f"checkpoint {checkpoint}: cannot be read ({what}); {_mend(checkpoint)}"
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's ``state.json``."""
     return json.loads((checkpoint / "state.json").read_text())

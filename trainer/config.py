@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import math
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -259,12 +260,17 @@ def check_config(config: Config) -> None:
             near = difflib.get_close_matches(str(flat[key]), words, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{key}: {flat[key]!r} is not one of {', '.join(words)}{hint}")
+    for key, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}: {value} is not a number to train with")
     for key in POSITIVE:
         if flat[key] is not None and flat[key] <= 0:
             raise UserError(f"{key}: must be above 0, got {flat[key]}")
     for key in NOT_NEGATIVE:
         if flat[key] < 0:
             raise UserError(f"{key}: must not be negative, got {flat[key]}")
+    if config.run.seed >= 2**63:
+        raise UserError(f"run.seed: must be below 2**63, got {config.run.seed}")
     if config.model.target_ratio <= 1:
         raise UserError(f"model.target_ratio: must be above 1, got {config.model.target_ratio}")
     if not config.train.tail_drop or any(not 0 <= rho < 1 for rho in config.train.tail_drop):

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     text.add_argument("--quick", action="store_true", help="the one-minute version, in runs/smoke")
     text.add_argument("--fresh", action="store_true", help="delete the earlier run first")
     text.add_argument("overrides", metavar="key=value", nargs="*", help="any key of configs/base.yaml")
-    arguments = text.parse_args(argv)
+    arguments = text.parse_intermixed_args(argv)
     try:
         overrides = [*(QUICK if arguments.quick else []), *arguments.overrides]
         config = load_config(ROOT / RECIPE, overrides)

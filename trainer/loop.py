@@ -6,15 +6,15 @@ To change what is learned, override ``forward_backward`` (or ``predict``); nothi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
-from model import ratio_loss
+from model import ops, ratio_loss
 from model.errors import UserError
 from trainer import checkpoint, health, randomness
 from trainer.build import (
@@ -106,7 +106,7 @@ class Trainer:
         self.saver.close()
         self.metrics.close()
         self.stop.restore()
-        return self.position == total
+        return self.position >= total
 
     def _one_round(self, batches: Iterator) -> bool:
         """A step and what is due after it; True when a signal asked to stop (and the run was saved)."""
@@ -283,7 +283,15 @@ class Trainer:
     def _restore(self) -> dict[str, Any]:
         if self.resume is None:
             return {"images": 0}
-        self.engine.load(self.resume, self.world.control)
+        try:
+            self.engine.load(self.resume, self.world.control)
+        except UserError:
+            raise
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # right sizes, wrong bytes: readers fail in many ways
+            raise UserError(checkpoint.unreadable(self.resume, error)) from error
         return checkpoint.read_state(self.resume)
 
     def _calibrate(self, model: torch.nn.Module) -> float | None:
@@ -333,12 +341,17 @@ class Trainer:
             else f", router started at 1/N (kept {self.start_share:.2%} before)"
         )
         start = f"resumed from {self.resume}" if self.resume else f"new run{kept}"
+        steps = max(0, self.config.train.total_images - self.position) // self.config.train.global_batch_size
+        form = ops.resolve(self.config.ops.backend, self.world.device)
+        slow = (
+            ", several times slower than native: `dcdit doctor` says what is missing"
+            if form == "torch"
+            else ""
+        )
         self._say(
             f"{self.config.model.preset}: {self.parameters / 1e6:.2f} M parameters, "
             f"{self.world.size} x {self.world.device.type}, {self.config.parallel.engine}, "
-            f"{self.config.train.precision}; {len(self.data)} images, "
-            f"{math.ceil((self.config.train.total_images - self.position) / self.config.train.global_batch_size)} "
-            f"steps to go; {start}"
+            f"{self.config.train.precision}, ops {form}{slow}; {len(self.data)} images, {steps} steps to go; {start}"
         )
 
     def _say(self, text: str) -> None:

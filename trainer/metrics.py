@@ -126,7 +126,7 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
 def _truncate(path: Path, position: int) -> None:
     if not path.is_file():
         return
-    kept = [row for row in read_rows(path.parent) if row.get("images", 0) <= position]
+    kept = [row for row in read_rows(path.parent) if position and row.get("images", 0) <= position]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
     os.replace(temporary, path)

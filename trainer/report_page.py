@@ -138,8 +138,9 @@ def _shares(f: Findings) -> str:
     marks = [(1 / f.target_ratio, f"target 1/{f.target_ratio:g}")] if f.target_ratio else []
     if f.share_by_time:
         bins = len(f.share_by_time)
-        points = [((i + 0.5) / bins, share) for i, share in enumerate(f.share_by_time)]
-        top = max(1.25 * max(f.share_by_time), 1.25 * marks[0][0] if marks else 0, 0.02)
+        # A small held-out set may leave a noise level, or a class, without an image.
+        points = [((i + 0.5) / bins, share) for i, share in enumerate(f.share_by_time) if share is not None]
+        top = max(1.25 * max(share for _, share in points), 1.25 * marks[0][0] if marks else 0, 0.02)
         chart = line_chart(
             [Series("", points, 0, "dots")], x_label="noise level: clean to pure noise", y_label="share kept",
             x_range=(0.0, 1.0), y_range=(0.0, min(1.0, top)), y_percent=True, marks=marks,
@@ -148,7 +149,8 @@ def _shares(f: Findings) -> str:
         words = "Mean share of tokens kept at each noise level, over all held-out images."
         cards.append(_card("By noise level", words, chart))
     if f.share_by_class:
-        order = sorted(range(len(f.share_by_class)), key=lambda k: -f.share_by_class[k])
+        known = [k for k, share in enumerate(f.share_by_class) if share is not None]
+        order = sorted(known, key=lambda k: -f.share_by_class[k])
         shown = order if len(order) <= 24 else order[:12] + order[-12:]
         names = f.class_names or [str(k) for k in range(len(f.share_by_class))]
         rows = [(names[k], f.share_by_class[k], f"{f.share_by_class[k]:.1%}") for k in shown]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +49,25 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status (see ``trainer.signals``)."""
     slurm.begin()
     try:
-        arguments = parser().parse_args(argv)
+        arguments = parser().parse_intermixed_args(argv)
     except SystemExit as error:
         slurm.leave(int(error.code or EXIT_OK))
         raise
     from trainer.parallel.world import rank_and_size
 
+    rank = rank_and_size()[0]
     try:
         config = load_config(arguments.config, arguments.overrides)
         check(config, arguments.device)
+    except UserError as error:  # mostly the same on every rank: rank 0 says it, and that ends the others
+        if rank:
+            time.sleep(15)
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        return slurm.leave(EXIT_BAD_INPUT)
+    try:
         return slurm.leave(run(config, arguments.device))
-    except UserError as error:
-        if rank_and_size()[0] == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except UserError as error:  # perhaps of this rank alone
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
         return slurm.leave(EXIT_BAD_INPUT)
 
 

@@ -202,6 +202,24 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(runs):
     assert "resumed from" in runs.run("damaged", 1)
 
 
+def test_wrong_bytes_in_a_checkpoint_and_a_total_already_passed(runs):
+    runs.run("bytes", 1, "train.total_images=48")
+    assert "complete at 48 images" in runs.run("bytes", 1, "train.total_images=24")
+    shard = next((runs.folder / "bytes" / "checkpoints" / "000000000048").glob("*.distcp"))
+    shard.write_bytes(bytes(4096) + shard.read_bytes()[4096:])
+    output = runs.run("bytes", 1, status=2)
+    message = output.strip().splitlines()[-1]
+    assert (
+        message.startswith("error: checkpoint") and "cannot be read" in message and "000000000024" in message
+    )
+
+
+def test_torchrun_shows_the_one_line_first_and_fails(runs):
+    output = runs.run("typo", 2, "train.globl_batch_size=8", status=1)
+    lines = [line for line in output.splitlines() if line.startswith("error")]
+    assert lines == [lines[0]] and "did you mean 'train.global_batch_size'?" in lines[0]
+
+
 def test_a_model_that_changed_is_refused_and_a_learning_rate_is_taken(runs):
     runs.run("changed", 1, "train.total_images=24")
     output = runs.run("changed", 1, "model.target_ratio=8", status=2)

@@ -36,6 +36,7 @@ def complaint(capsys, *arguments: str) -> str:
         (["model.overrides={detph: 3}"], ["detph", "depth"]),
         (["model.overrides={hidden_size: 100}"], ["hidden_size"]),
         (["model.overrides={input_size: 16}"], ["model.overrides.input_size", "(12, 12)"]),
+        (["model.overrides={target_ratio: 8}"], ["model.overrides.target_ratio", "model.target_ratio"]),
         (["model.preset=DiT-Ti/8"], ["patch", "12"]),
         (["attention.backend=flash3"], ["flash3"]),
         (["train.micro_batch_size=5"], ["train.micro_batch_size"]),
@@ -57,7 +58,9 @@ def test_configuration(capsys, shards, tmp_path, overrides, words):
 def test_batch_that_does_not_divide_over_the_processes(capsys, shards, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    line = complaint(capsys, "--config", RECIPE, f"data.path={shards}", f"run.dir={tmp_path / 'run'}")
+    monkeypatch.setattr("trainer.train.time.sleep", lambda seconds: None)
+    run = f"run.dir={tmp_path / 'run'}"
+    line = complaint(capsys, "--config", RECIPE, f"data.path={shards}", run, "train.global_batch_size=32")
     assert "train.global_batch_size" in line and "3 processes" in line and "33" in line
 
 

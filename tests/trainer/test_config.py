@@ -52,6 +52,8 @@ def test_saved_config_reads_back_equal(tmp_path):
         ("train.global_batch_size=-8", ["train.global_batch_size", "above 0"]),
         ("parallel.engine=fdsp", ["parallel.engine", "'fsdp'"]),
         ("train.tail_drop=[1.0]", ["train.tail_drop"]),
+        ("optimizer.lr=nan", ["optimizer.lr", "nan"]),
+        ("run.seed=99999999999999999999", ["run.seed"]),
         ("optimizer.betas=[0.9]", ["optimizer.betas"]),
         ("ema.decay=1.0", ["ema.decay"]),
         ("model.target_ratio=1", ["model.target_ratio"]),
@@ -92,7 +94,7 @@ def test_bad_files(tmp_path):
 
 
 def test_micro_batch_lists_the_valid_choices():
-    config = load_config(CONFIGS / "recipe" / "demo.yaml")
+    config = load_config(CONFIGS / "recipe" / "demo.yaml", ["train.global_batch_size=32"])
     assert micro_batch(config, 2) == 16
     with pytest.raises(UserError, match="30 or 33"):
         micro_batch(config, 3)

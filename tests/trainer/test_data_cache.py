@@ -67,7 +67,9 @@ def test_a_source_within_its_limit(tmp_path, format, monkeypatch):
         assert source[i]["image"][0, 0, 0] == i
         assert 1 <= len(kept(folder)) <= 2
         time.sleep(0.002)  # file times have steps
-    held = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd.isdigit() and _link(fd)]
+    held = [
+        os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd.isdigit() and _link(fd)
+    ]
     assert sum(str(folder) in path and "deleted" in path for path in held) <= 1
     again = open_source(data, cache=folder, cache_limit=int(2.6 * one))
     assert sorted(again.read(range(20))["image"][:, 0, 0, 0].tolist()) == list(range(20))

@@ -80,7 +80,9 @@ def test_replacements_are_functions_of_the_position(flawed):
     through = load(flawed, max_errors=99)
     for start in (8, 40):
         resumed = load(flawed, max_errors=99, start_position=start)
-        assert all(torch.equal(a["image"], b["image"]) for a, b in zip(through[start // 8 :], resumed, strict=True))
+        assert all(
+            torch.equal(a["image"], b["image"]) for a, b in zip(through[start // 8 :], resumed, strict=True)
+        )
     ranks = [load(flawed, max_errors=99, rank=r, world_size=2, micro_batch_size=2) for r in (0, 1)]
     parts = [torch.cat([b["image"] for b in batches[k : k + 2]]) for k in (0, 2) for batches in ranks]
     assert torch.equal(torch.cat(parts), torch.cat([b["image"] for b in through[:2]]))
@@ -92,7 +94,9 @@ def test_too_many_bad_samples_end_the_run(flawed, workers):
     with pytest.raises(UserError, match="sample . of train/some-0.*cannot be read") as caught:
         load(flawed, num_workers=workers)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="data.max_errors=2: more samples than that cannot be read, the last: data"):
+    with pytest.raises(
+        UserError, match="data.max_errors=2: more samples than that cannot be read, the last: data"
+    ):
         load(flawed, max_errors=2, num_workers=workers)
 
 
@@ -108,7 +112,14 @@ def test_held_out_samples_too(flawed):
         list(heldout_batches(flawed, **common))
     one, two = (list(heldout_batches(flawed, max_errors=20, **common)) for _ in range(2))
     assert not set(numbers(one)) & set(BAD) and len(numbers(one)) == 40
-    assert numbers(one) == numbers(two) and set(one[0]) == {"position", "image", "label", "noise", "u", "weight"}
+    assert numbers(one) == numbers(two) and set(one[0]) == {
+        "position",
+        "image",
+        "label",
+        "noise",
+        "u",
+        "weight",
+    }
 
 
 # Streams
@@ -146,7 +157,9 @@ def test_a_mix_depends_on_positions_alone(two):
     through = load(mix, end=BLOCK + 64)
     for start in (16, BLOCK):
         resumed = load(mix, end=BLOCK + 64, start_position=start, num_workers=1)
-        assert all(torch.equal(a["image"], b["image"]) for a, b in zip(through[start // 8 :], resumed, strict=True))
+        assert all(
+            torch.equal(a["image"], b["image"]) for a, b in zip(through[start // 8 :], resumed, strict=True)
+        )
     ranks = [load(mix, end=64, rank=r, world_size=4) for r in range(4)]
     for step in range(8):
         assert torch.equal(torch.cat([batches[step]["image"] for batches in ranks]), through[step]["image"])
@@ -156,7 +169,9 @@ def test_streams_in_the_config(two):
     from trainer.config import load_config
 
     def config(*overrides):
-        return load_config("configs/base.yaml", [f"data.path={two[0]}", "data.format=webdataset", *overrides]).data
+        return load_config(
+            "configs/base.yaml", [f"data.path={two[0]}", "data.format=webdataset", *overrides]
+        ).data
 
     assert not isinstance(open_data(config()), Mix)
     streams = f"data.streams=[{{path: {two[0]}, weight: 3}}, {{path: {two[1]}}}]"
@@ -170,7 +185,11 @@ def test_streams_in_the_config(two):
 
 def test_streams_that_do_not_go_together(two, tmp_path):
     first = open_source(two[0])
-    for name, change in (("class names", {"classes": ("a", "c")}), ("scale", {"scale": 2.0}), ("flip", {"flip": (0,)})):
+    for name, change in (
+        ("class names", {"classes": ("a", "c")}),
+        ("scale", {"scale": 2.0}),
+        ("flip", {"flip": (0,)}),
+    ):
         other = open_source(write(tmp_path / name, **change))
         with pytest.raises(UserError, match=f"data.streams: .*{name}.*prepare them alike"):
             Mix([first, other], [1, 1])

@@ -75,7 +75,9 @@ def everything(to: Path) -> list[dict]:
 # The crop
 
 
-@pytest.mark.parametrize("sides", [(32, 32), (65, 200), (300, 64), (33, 47), (20, 31), (129, 128), (128, 257)])
+@pytest.mark.parametrize(
+    "sides", [(32, 32), (65, 200), (300, 64), (33, 47), (20, 31), (129, 128), (128, 257)]
+)
 def test_crop_is_the_middle_square(sides):
     crop = centre_crop(picture(0, sides), 32)
     assert crop.shape == (32, 32, 3) and crop.dtype == np.uint8
@@ -86,7 +88,9 @@ def test_crop_by_hand():
     grid = np.arange(8, dtype=np.uint8).reshape(2, 4) * 30
     big = Image.fromarray(grid.repeat(16, 0).repeat(16, 1))  # 32 x 64: halves to 16 x 32 and 8 x 16
     crop = centre_crop(big, 8)
-    assert (crop[..., 0] == grid.repeat(4, 0).repeat(4, 1)[:, 4:12]).all() and (crop[..., 0] == crop[..., 2]).all()
+    assert (crop[..., 0] == grid.repeat(4, 0).repeat(4, 1)[:, 4:12]).all() and (
+        crop[..., 0] == crop[..., 2]
+    ).all()
     unscaled = picture(1, (9, 8))
     assert (centre_crop(unscaled, 8) == np.asarray(unscaled)[:, :8]).all()  # an odd rest goes to the right
     grey, alpha = picture(2).convert("L"), picture(2).convert("RGBA")
@@ -102,7 +106,9 @@ def test_listing_and_splits(source):
     assert all(item.label == CLASSES.index(item.name.split("/")[0]) for item in listing.items)
     splits = split_and_order(listing, 6, seed=0)
     names = {split: [item.name for item in items] for split, items in splits.items()}
-    assert len(names["heldout"]) == 6 and sorted(names["train"] + names["heldout"]) == [i.name for i in listing.items]
+    assert len(names["heldout"]) == 6 and sorted(names["train"] + names["heldout"]) == [
+        i.name for i in listing.items
+    ]
     assert names["train"] != sorted(names["train"])
     other = split_and_order(listing, 6, seed=1)
     assert {i.name for i in other["heldout"]} == set(names["heldout"])  # by name, whatever the seed
@@ -173,7 +179,9 @@ def test_latents_of_both_orientations(source, vae, tmp_path):
     """mean and std are the VAE's of the crop and of its mirror image; the mean decodes to a picture."""
     manifest, _, _ = prepare_images(options(source, tmp_path / "out", vae=str(vae), shard_bytes=8 * 512))
     assert (manifest.kind, manifest.shape, manifest.scale) == ("latents", (4, 4, 4), 0.25)
-    assert manifest.vae == str(vae) and manifest.flip is None and set(manifest.checksums) == {"train", "heldout"}
+    assert (
+        manifest.vae == str(vae) and manifest.flip is None and set(manifest.checksums) == {"train", "heldout"}
+    )
     data = open_source(tmp_path / "out")
     first = split_and_order(list_images(source), 6, 0)["train"][0]
     model = encode.load_vae(str(vae))
@@ -272,7 +280,9 @@ def gone(group: int) -> None:
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_started_again_gives_the_same_bytes(source, vae, tmp_path, workers):
     """Also with workers that still run when the work goes on, in one process."""
-    whole = options(source, tmp_path / "whole", vae=str(vae), size=64, batch=2, shard_bytes=int(0.008 * (1 << 20)))
+    whole = options(
+        source, tmp_path / "whole", vae=str(vae), size=64, batch=2, shard_bytes=int(0.008 * (1 << 20))
+    )
     prepare_images(whole)
     to = tmp_path / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -346,7 +356,9 @@ def test_interrupted_while_replacing(source, tmp_path, monkeypatch):
     to = tmp_path / "out"
     prepare_images(options(source, to))
     with monkeypatch.context() as patch:
-        patch.setattr(images.shutil, "rmtree", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            images.shutil, "rmtree", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             prepare_images(options(source, to, size=16, overwrite=True))
     assert prepare_images(options(source, to, size=16, overwrite=True))[0].height == 16
@@ -415,7 +427,9 @@ def test_a_hub_that_cannot_be_reached(source, tmp_path, monkeypatch):
         raise OSError(f"We couldn't connect to the hub to load {name}.\nmore\nlines")
 
     monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", offline)
-    with pytest.raises(UserError, match="stabilityai/sd-vae-ft-ema.*couldn't connect.*local folder") as caught:
+    with pytest.raises(
+        UserError, match="stabilityai/sd-vae-ft-ema.*couldn't connect.*local folder"
+    ) as caught:
         prepare_images(options(source, tmp_path / "out", vae=encode.DEFAULT_VAE))
     assert "\n" not in str(caught.value)
 
@@ -441,14 +455,20 @@ def test_progress_in_a_log(capsys, monkeypatch):
         progress(40, 100)
         progress(60, 100, 2)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "images: 40 of 100" and lines[1].startswith("images: 60 of 100, ") and "2 skipped" in lines[1]
+    assert (
+        lines[0] == "images: 40 of 100"
+        and lines[1].startswith("images: 60 of 100, ")
+        and "2 skipped" in lines[1]
+    )
 
 
 def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit):
         prepare.main(["images", "--help"])
     text = capsys.readouterr().out
-    names = "to size vae scale no-mirror heldout format shard-mb seed workers device batch max-errors overwrite"
+    names = (
+        "to size vae scale no-mirror heldout format shard-mb seed workers device batch max-errors overwrite"
+    )
     assert all(f"--{name}" in text for name in names.split())
 
 

@@ -88,7 +88,9 @@ def test_batches_do_not_depend_on_the_format(tmp_path):
 def test_formats_that_disagree(tmp_path):
     tars = write_data(tmp_path / "w", "pixels", "webdataset")
     mds = write_data(tmp_path / "m", "pixels", "mds")
-    with pytest.raises(UserError, match="data.format: mds, but .*/w holds webdataset shards: set data.format="):
+    with pytest.raises(
+        UserError, match="data.format: mds, but .*/w holds webdataset shards: set data.format="
+    ):
         open_source(tars, format="mds")
     with pytest.raises(UserError, match="set data.format=mds"):
         open_source(mds, format="webdataset")
@@ -157,7 +159,12 @@ def test_pictures_of_other_kinds(tmp_path):
     raw = io.BytesIO()
     np.save(raw, samples("pixels")[5]["image"])
     members = [("x/0.jpg", encoded(0, "jpeg")), ("x/0.cls", b"2"), ("x/0.json", b"{}"), ("README", b"hello")]
-    members += [("x/1.cls", b"1"), ("x/1.WEBP", encoded(1, "webp")), ("y/1.npy", raw.getvalue()), ("y/1.cls", b" 0\n")]
+    members += [
+        ("x/1.cls", b"1"),
+        ("x/1.WEBP", encoded(1, "webp")),
+        ("y/1.npy", raw.getvalue()),
+        ("y/1.cls", b" 0\n"),
+    ]
     source = open_source(foreign(tmp_path, members, 3))
     assert source.read([0, 1, 2])["label"].tolist() == [2, 1, 0]
     assert abs(int(source[1]["image"][0].mean()) - 10) < 4 and source[0]["image"].shape == SHAPE
@@ -167,7 +174,10 @@ def test_pictures_of_other_kinds(tmp_path):
 @pytest.mark.parametrize(
     "members, match",
     [
-        ([("0.png", encoded(0, "png")[:40]), ("0.cls", b"0")], "sample 0 of train/some-000.tar cannot be read"),
+        (
+            [("0.png", encoded(0, "png")[:40]), ("0.cls", b"0")],
+            "sample 0 of train/some-000.tar cannot be read",
+        ),
         ([("0.png", encoded(0, "png"))], "it has no label, only image"),
         ([("0.cls", b"0")], "it has no image, only label"),
         ([("0.png", encoded(0, "png")), ("0.cls", b"cat")], "invalid literal"),
@@ -228,7 +238,9 @@ def test_missing_truncated_and_corrupt_tars(data):
 def test_an_index_of_another_data_set(data):
     index = json.loads((data / "train" / "index.json").read_text())
     (data / "train" / "index.json").write_text(json.dumps(index))  # the same, written otherwise
-    with pytest.raises(UserError, match="index of split 'train' is not the one its manifest was written with"):
+    with pytest.raises(
+        UserError, match="index of split 'train' is not the one its manifest was written with"
+    ):
         open_source(data)
 
 
