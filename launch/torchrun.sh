@@ -116,8 +116,8 @@ trap 'stop TERM' TERM
 trap 'stop INT' INT
 trap 'stop USR1' USR1
 
-# The agent ignores what we pass on (PET_...: torchrun's option of that name, known since torch 2.10; before that it
-# still answers SIGTERM and SIGINT itself). Ignored signals are inherited, so a worker that is not ready yet misses
+# The agent ignores what we pass on (PET_...: an option of newer torchruns; an older one still answers a SIGTERM or SIGINT
+# that it gets itself). Ignored signals are inherited, so a worker that is not ready yet misses
 # them instead of dying: they are repeated until the run has ended.
 (
     trap '' TERM INT USR1

@@ -99,7 +99,7 @@ def test_only_rank_0_asks_and_not_under_our_launcher(job, monkeypatch, tmp_path)
     assert not job.asked.exists()
 
 
-def test_a_status_that_cannot_be_written_is_said_and_kept(monkeypatch, tmp_path, capsys, signals_put_back):
+def test_a_status_that_cannot_be_written_is_said_and_kept(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv(slurm.STATUS_FILE, str(tmp_path / "no" / "folder"))
     assert slurm.leave(2) == 2
     assert "warning: DCDIT_STATUS_FILE" in capsys.readouterr().err
