@@ -47,9 +47,9 @@ pip -c "$pins" "setuptools>=70" wheel ninja einops omegaconf safetensors tqdm ri
     pytest pytest-timeout hypothesis ruff
 pip -c "$pins" deepspeed huggingface_hub
 # mosaicml-streaming asks for torchvision and transformers, which it needs for image and text sets only and which
-# would replace torch: take it alone, then the small packages that its core imports.
-pip --no-deps "mosaicml-streaming==0.13.0"
+# would replace torch: take the small packages that its core imports, then it alone.
 pip -c "$pins" brotli python-snappy zstd catalogue xxhash
+pip --no-deps "mosaicml-streaming==0.13.0"
 
 say "dcdit, with its extension"
 pip --no-build-isolation --no-deps -e .
