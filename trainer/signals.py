@@ -7,8 +7,10 @@ signal after saving: the same command goes on (75 is EX_TEMPFAIL of sysexits.h, 
 from __future__ import annotations
 
 import signal
+from typing import TYPE_CHECKING
 
-from trainer.parallel.world import World
+if TYPE_CHECKING:  # torch is not needed to know the exit codes
+    from trainer.parallel.world import World
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
