@@ -264,16 +264,8 @@ std::tuple<Tensor, Tensor> dechunk_backward(const Tensor& grad, const Tensor& h,
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> limit(const Tensor& prob, const Tensor& retained, int64_t capacity) {
-  const char* op = "limit";
-  TORCH_CHECK_VALUE(prob.dim() == 2 && prob.size(1) >= 2, op, ": boundary_prob has shape ", prob.sizes(),
-                    ", expected (B, L) with L of at least 2");
+  check_limit(prob, retained, capacity);
   const int64_t B = prob.size(0), L = prob.size(1);
-  TORCH_CHECK_VALUE(B * L < (int64_t(1) << 31), op, ": boundary_prob has 2**31 places or more; split the batch");
-  TORCH_CHECK_VALUE(capacity >= 2 * B && capacity <= B * L, op, ": capacity is ", capacity, ", expected ", 2 * B, " to ",
-                    B * L);
-  check_dtype(op, "boundary_prob", prob, at::kFloat);
-  check_dtype(op, "retained", retained, at::kBool);
-  check_shape(op, "retained", retained, {B, L});
   const Tensor prob_ = prob.contiguous(), retained_ = retained.contiguous();
   const auto ints = prob.options().dtype(at::kInt);
   Tensor out = at::empty({B, L}, retained.options()), slot = at::empty({B * L}, ints), index = at::empty({capacity}, ints);

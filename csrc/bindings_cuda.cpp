@@ -62,6 +62,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select(const Tensor& prob, co
   return {natural, retained, slot, index, cu_seqlens};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> limit(const Tensor& prob, const Tensor& retained, int64_t capacity) {
+  const char* op = "limit";
+  const Place place(op, {{"boundary_prob", &prob}, {"retained", &retained}});
+  check_limit(prob, retained, capacity);
+  const int64_t B = prob.size(0), L = prob.size(1);
+  const Tensor prob_ = prob.contiguous(), retained_ = retained.contiguous();
+  const auto ints = prob.options().dtype(at::kInt);
+  Tensor out = at::empty({B, L}, retained.options()), slot = at::empty({B * L}, ints), index = at::empty({capacity}, ints);
+  Tensor cu_seqlens = at::empty({B + 1}, ints), overflow = at::empty({}, ints);
+  if (B == 0) cu_seqlens.zero_(), overflow.zero_();
+  const LimitParams p{prob_.const_data_ptr<float>(), retained_.const_data_ptr<bool>(), out.mutable_data_ptr<bool>(),
+                      slot.mutable_data_ptr<int32_t>(), index.mutable_data_ptr<int32_t>(),
+                      cu_seqlens.mutable_data_ptr<int32_t>(), overflow.mutable_data_ptr<int32_t>(), B, L, capacity};
+  const Tensor workspace = place.workspace(gpu::limit_workspace(p));
+  need(gpu::limit(p, workspace.data_ptr(), place.stream()));
+  return {out, slot, index, cu_seqlens, overflow};
+}
+
 Tensor copy_rows(const Place& place, const char* op, const Tensor& x, const std::optional<Tensor>& pos, const Tensor& map,
                  int64_t L) {
   const int64_t D = x.size(-1), M = map.numel(), source_rows = D > 0 ? x.numel() / D : 0;
@@ -191,6 +209,7 @@ std::tuple<Tensor, Tensor> dechunk_backward(const Tensor& grad, const Tensor& h,
 
 TORCH_LIBRARY_IMPL(dcdit, CUDA, m) {
   m.impl("select", &dcdit::select);
+  m.impl("limit", &dcdit::limit);
   m.impl("gather_tokens", &dcdit::gather_tokens);
   m.impl("gather_tokens_backward", &dcdit::gather_tokens_backward);
   m.impl("nearest", &dcdit::nearest);

@@ -14,6 +14,9 @@ namespace gpu {
 size_t select_workspace(const SelectParams&);
 const char* select(const SelectParams&, void* workspace, void* stream);
 
+size_t limit_workspace(const LimitParams&);
+const char* limit(const LimitParams&, void* workspace, void* stream);
+
 // `rows` of output, read from `source_rows` rows of x.
 const char* rows(const RowsParams&, int64_t rows, int64_t source_rows, void* stream);
 

@@ -36,6 +36,13 @@ const char* emulate_select(const float* prob, const float* tail_drop, bool* natu
   return gpu::select(p, workspace.data(), nullptr);
 }
 
+const char* emulate_limit(const float* prob, const bool* retained_in, bool* retained, int32_t* slot, int32_t* index,
+                          int32_t* cu_seqlens, int32_t* overflow, int64_t B, int64_t L, int64_t capacity) {
+  const LimitParams p{prob, retained_in, retained, slot, index, cu_seqlens, overflow, B, L, capacity};
+  Workspace workspace(gpu::limit_workspace(p));
+  return gpu::limit(p, workspace.data(), nullptr);
+}
+
 const char* emulate_rows(const void* x, const float* pos, const int32_t* map, void* out, int type, int64_t L, int64_t D,
                          int64_t rows, int64_t source_rows) {
   const RowsParams p{x, pos, map, out, Type(type), L, D};

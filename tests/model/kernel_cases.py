@@ -1,12 +1,12 @@
 """What every GPU kernel must get right, written once: run on a GPU and, without one, on the launch emulation.
 
-`kernels` is anything with the six raw ops as methods that take and return CPU tensors: select, rows of
+`kernels` is anything with the seven raw ops as methods that take and return CPU tensors: select, limit, rows of
 gather_tokens, its backward, nearest, dechunk, dechunk_backward.
 """
 
 import torch
 
-from model.ops import dechunk, gather_tokens, nearest, select
+from model.ops import dechunk, gather_tokens, limit, nearest, select
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,6 +110,21 @@ def check_select(kernels, B, L, share, rho, levels=None, seed=0):
         assert ours.dtype == want.dtype and torch.equal(ours, want), name
 
 
+def check_limit(kernels, B, L, room, levels=None, retained=None, seed=0):
+    """`room`: the capacity between two tokens an image (0) and all places (1)."""
+    p = probabilities(B, L, 0.6, seed, levels)
+    if retained is None:
+        retained = select(p, rates(0.0, B), backend="torch").retained
+    capacity = 2 * B + int(room * (B * L - 2 * B))
+    for name, ours, want in zip(
+        ("retained", "slot", "index", "cu_seqlens", "overflow"),
+        kernels.limit(p, retained, capacity),
+        limit(p, retained, capacity, backend="torch"),
+        strict=True,
+    ):
+        assert ours.dtype == want.dtype and torch.equal(ours, want), name
+
+
 def check_gather(kernels, case):
     slot = case.s.slot
     for pos in (None, case.pos):
@@ -144,9 +159,10 @@ def check_same_bits(kernels, case, before_second=lambda: None):
 
     def run():
         picked = kernels.select(case.p, torch.full((case.B,), 0.3))
+        fitting = kernels.limit(case.p, picked[1], 2 * case.B + 20)
         packed = kernels.gather_tokens(case.x, case.pos, case.index, case.s.slot)
         out, smooth = case.forward(kernels)
-        return [*picked, packed, out, smooth, *case.backward(kernels, smooth)]
+        return [*picked, *fitting, packed, out, smooth, *case.backward(kernels, smooth)]
 
     first = run()
     before_second()

@@ -10,6 +10,7 @@ from tests.model.kernel_cases import (
     Case,
     check_dechunk,
     check_gather,
+    check_limit,
     check_nearest,
     check_same_bits,
     check_select,
@@ -62,6 +63,13 @@ def test_select(rho, levels):
     ]:
         check_select(KERNELS, B, L, share, rho, levels)
     check_select(KERNELS, 3, 600, 0.8, (0.0, 0.3, 0.9), levels)
+
+
+@pytest.mark.parametrize("room", [0.0, 0.25, 0.55, 1.0])
+@pytest.mark.parametrize("levels", [None, 1, 4])
+def test_limit(room, levels):
+    for B, L in [(1, 2), (3, 2), (4, 77), (32, 1024), (200, 4096), (2, 40000)]:
+        check_limit(KERNELS, B, L, room, levels)
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)

@@ -16,6 +16,7 @@ from tests.model.kernel_cases import (
     Case,
     check_dechunk,
     check_gather,
+    check_limit,
     check_nearest,
     check_same_bits,
     check_select,
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Emulated:
-    """The six raw ops over the emulated launches; outputs start as garbage, as fresh memory does."""
+    """The seven raw ops over the emulated launches; outputs start as garbage, as fresh memory does."""
 
     def __init__(self, library):
         self.library = library
@@ -66,6 +67,13 @@ class Emulated:
         maps = [self.fresh((n,), torch.int32) for n in (B * L, B * L, B + 1)]
         self.call("select", p, rho, *masks, *maps, B, L)
         return *masks, *maps
+
+    def limit(self, p, retained, capacity):
+        B, L = p.shape
+        kept = self.fresh((B, L), torch.bool)
+        maps = [self.fresh(n, torch.int32) for n in ((B * L,), (capacity,), (B + 1,), ())]
+        self.call("limit", p, retained, kept, *maps, B, L, capacity)
+        return kept, *maps
 
     def rows(self, x, pos, index, L, D):
         out = self.fresh((len(index), D), x.dtype)
@@ -158,6 +166,26 @@ def test_select_orders_neighbouring_numbers(kernels):
     natural, retained, *_ = kernels.select(p, torch.tensor([0.25]))  # one of five goes
     assert natural.tolist() == [[True, False, True, True, True, True]]
     assert retained.tolist() == [[True, False, False, True, True, True]]
+
+
+@pytest.mark.parametrize("room", [0.0, 0.3, 0.55, 1.0])
+@pytest.mark.parametrize("levels", [None, 1, 4])
+def test_limit(kernels, room, levels):
+    """Room for the forced tokens alone, for some, for nearly all, for all; one probability, few, all different."""
+    for B, L in [(1, 2), (3, 2), (1, 3), (5, 77), (2, 1500), (4, 2100)]:
+        check_limit(kernels, B, L, room, levels)
+
+
+def test_limit_of_every_place_and_of_numbers_that_are_no_probabilities(kernels):
+    check_limit(kernels, 3, 50, 0.4, retained=torch.ones(3, 50, dtype=torch.bool))
+    p = torch.tensor([[0.9, -1.0, 0.0, 0.25, 3.0, float("inf"), 0.9]])
+    kept, _, _, _, overflow = kernels.limit(p, torch.ones(1, 7, dtype=torch.bool), 4)
+    assert kept.tolist() == [[True, False, False, False, True, True, True]] and overflow == 3
+
+
+def test_limit_takes_ties_across_images_at_the_lowest_places(kernels):
+    kept, *_ = kernels.limit(torch.full((3, 5), 0.75), torch.ones(3, 5, dtype=torch.bool), 10)
+    assert kept.sum(1).tolist() == [5, 3, 2] and kept[1].tolist() == [True, True, False, False, True]
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
