@@ -140,6 +140,8 @@ def _register_dechunk_autograd() -> None:
     def setup(ctx, inputs, output):
         h, prob, natural, index, cu_seqlens, residual, ctx.H, ctx.W, ctx.sigma, ctx.keep = inputs
         ctx.residual_dtype = residual.dtype
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # else zeros of the size of h for the smoothed rows
         ctx.save_for_backward(h, prob, natural, index, cu_seqlens, output[1])
 
     def backward(ctx, grad, _):
