@@ -29,8 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import chunking_model
-from benchmarks.chunking_cases import SIZES, Size, dense, inputs, our_path, run, tokens, widened
-from benchmarks.chunking_memory import memory
+from benchmarks.chunking_cases import SIZES, Size, dense, inputs, ours, run, tokens, widened
+from benchmarks.chunking_memory import KINDS, memory
 from model.ops import available
 
 PASSES = ("forward", "forward_backward")
@@ -80,7 +80,7 @@ def time_forms(size, dtype, rounds, with_compile, why):
             why.append(f"torch.compile, {size}: {reason}")
         else:
             forms["compiled"] = (path, plain)
-    forms |= {"torch": (our_path("torch"), tensors), "ours": (our_path("auto"), tensors)}
+    forms |= {"torch": (ours("torch"), tensors), "ours": (ours(), tensors)}
     loose = 1e-3 if dtype == torch.float32 else 5e-2
     want, *got = (run(path, size, given, False)[0] for path, given in forms.values())
     for out in got:
@@ -99,7 +99,7 @@ def time_forms(size, dtype, rounds, with_compile, why):
 def time_growth(size, dtype, rounds):
     """{pass: time of ours with H and W doubled over its time}."""
     pair = [(s, inputs(s, dtype)) for s in (size, size.doubled())]
-    path, growth = our_path("auto"), {}
+    path, growth = ours(), {}
     for name in PASSES:
         times = [[], []]
         for _ in range(rounds + 1):
@@ -114,7 +114,7 @@ def measure(size, dtype, args, why):
     rounds = args.rounds or (3 if args.quick else 15)
     kind = getattr(torch, dtype)
     ms = time_forms(size, kind, rounds, not (args.quick or args.no_compile), why)
-    growth = time_growth(size, kind, max(2, rounds // 2))
+    growth = time_growth(size, kind, max(1, rounds // 2))
     T = tokens(size)
     row = {"size": str(size), "dtype": dtype, "sigma": size.sigma, "tokens": T}
     row["retained"] = round(T / (size.batch * size.height * size.width), 2)
@@ -133,10 +133,11 @@ def add_memory(rows, why):
     if reason:
         why.append(reason)
     for row, peaks in zip(rows, found or [None] * len(rows), strict=True):
-        ratio = {name: peaks[name]["ours"] / peaks[name]["dense"] if peaks else None for name in PASSES}
-        row |= {"memory_ratio": ratio["forward_backward"], "memory_ratio_forward": ratio["forward"]}
+        ratio = {kind: peaks[kind]["ours"] / peaks[kind]["dense"] if peaks else None for kind in KINDS}
+        row |= {"memory_ratio": ratio["forward_backward"], "memory_ratio_ops": ratio["ops_forward_backward"]}
+        row |= {f"memory_ratio_{kind}": ratio[kind] for kind in KINDS}
         row["memory_mb"] = peaks and {
-            name: {form: b / 1e6 for form, b in peaks[name].items()} for name in PASSES
+            kind: {form: b / 1e6 for form, b in peaks[kind].items()} for kind in KINDS
         }
 
 
@@ -147,30 +148,19 @@ def table(rows):
         for form in ("dense", "compiled", "torch", "ours")
         if any(form in r["ms"][p] for r in rows for p in PASSES)
     ]
-    cells = [
-        [
-            "size",
-            "dtype",
-            "pass",
-            *(f"{form} ms" for form in forms),
-            "speedup",
-            "MB dense",
-            "MB ours",
-            "memory",
-            "growth",
-        ]
-    ]
+    head = ["size", "dtype", "pass", *(f"{form} ms" for form in forms)]
+    cells = [[*head, "speedup", "MB dense", "MB ours", "memory", "memory (ops)", "growth"]]
     for row in rows:
         for name in PASSES:
-            ms, mb = row["ms"][name], (row["memory_mb"] or {}).get(name)
+            ms, space = row["ms"][name], ["-"] * 4
+            if row["memory_mb"]:
+                mb = row["memory_mb"][name]
+                ratios = row[f"memory_ratio_{name}"], row[f"memory_ratio_ops_{name}"]
+                space = [f"{mb['dense']:.1f}", f"{mb['ours']:.1f}", *(f"{ratio:.3f}" for ratio in ratios)]
             times = [f"{ms[form]:.2f}" if form in ms else "-" for form in forms]
-            space = (
-                [f"{mb['dense']:.1f}", f"{mb['ours']:.1f}", f"{mb['ours'] / mb['dense']:.3f}"]
-                if mb
-                else ["-"] * 3
-            )
-            ratios = [f"{row[f'speedup_{name}']:.1f}x", *space, f"{row[f'growth_{name}']:.2f}"]
-            cells.append([row["size"], row["dtype"], name.replace("_", " + "), *times, *ratios])
+            speedup, growth = row[f"speedup_{name}"], row[f"growth_{name}"]
+            line = [row["size"], row["dtype"], name.replace("_", " + ")]
+            cells.append([*line, *times, f"{speedup:.1f}x", *space, f"{growth:.2f}"])
     return cells
 
 

@@ -3,6 +3,7 @@
 Path: select (with tail drop), gather + positions, smoothing, plug-back, gated residual. Letters as in model/ops.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,11 @@ import torch
 from model.ops import dechunk, gather_tokens, select
 
 NATURAL, RHO = 0.357, 0.3  # 25 % of the tokens stay
+
+
+class Form(NamedTuple):
+    pack: Callable  # x, pos, boundary_prob, tail_drop -> packed rows (T, D), maps
+    unpack: Callable  # packed rows, boundary_prob, maps, residual, grid, sigma -> (B, L, D)
 
 
 class Size(NamedTuple):
@@ -56,20 +62,24 @@ def dense(transform=lambda function: function):
     """
     choose, fill = transform(dense_select), transform(dense_dechunk)
 
-    def path(x, pos, prob, rho, residual, grid, sigma):
+    def pack(x, pos, prob, rho):
         B, _, D = x.shape
         p, natural, retained = choose(prob, rho)
         count = retained.sum(1)
         M = int(count.max())
         place = retained.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :M]
         valid = torch.arange(M) < count[:, None]
-        h = x.gather(1, place[..., None].expand(-1, -1, D))[valid] + pos[place[valid]]  # packed, (T, D)
-        h_pad = h.new_zeros(B, M, D)
+        h = x.gather(1, place[..., None].expand(-1, -1, D))[valid] + pos[place[valid]]
+        return h, (p, place, valid, natural)
+
+    def unpack(h, prob, maps, residual, grid, sigma):
+        p, place, valid, natural = maps
+        h_pad = h.new_zeros(*place.shape, h.shape[1])
         h_pad[valid] = h
         p_sel = p.gather(1, place).clamp(1e-4, 1 - 1e-4) * valid
         return fill(h_pad, p_sel, place, valid, natural, p, residual, grid, sigma)
 
-    return path
+    return Form(pack, unpack)
 
 
 def dense_dechunk(h_pad, p_sel, place, valid, natural, p, residual, grid, sigma):
@@ -89,15 +99,17 @@ def dense_dechunk(h_pad, p_sel, place, valid, natural, p, residual, grid, sigma)
     return plug * (1 + q - q.detach()) + residual
 
 
-def our_path(backend):
-    def path(x, pos, prob, rho, residual, grid, sigma):
+def ours(backend="auto"):
+    def pack(x, pos, prob, rho):
         s = select(prob, rho, backend=backend)
         index = s.index[: int(s.cu_seqlens[-1])]
         h = gather_tokens(x, pos, index, s.slot, backend=backend)
-        maps = (s.natural, index, s.slot, s.cu_seqlens)
+        return h, (s.natural, index, s.slot, s.cu_seqlens)
+
+    def unpack(h, prob, maps, residual, grid, sigma):
         return dechunk(h, prob, *maps, residual, grid, sigma, backend=backend)
 
-    return path
+    return Form(pack, unpack)
 
 
 def inputs(size, dtype):
@@ -123,9 +135,21 @@ def tokens(size):
     return int(select(prob, rho).cu_seqlens[-1])
 
 
-def run(path, size, tensors, backward):
-    """(output, gradients of x, boundary_prob and residual) of one run; fresh leaves, so nothing accumulates."""
+def run(form, size, tensors, backward, apart=False):
+    """(output, gradients of x, boundary_prob and residual) of one run; fresh leaves, so nothing accumulates.
+
+    apart: as in a model, where other layers stand between packing and de-chunking. What they would take and give,
+    the packed rows and their gradient, comes behind the others.
+    """
     x, pos, prob, rho, residual, grad = tensors
-    leaves = [t.detach().requires_grad_(backward) for t in (x, prob, residual)]
-    out = path(leaves[0], pos, leaves[1], rho, leaves[2], size.grid, size.sigma)
-    return out, torch.autograd.grad(out, leaves, grad) if backward else ()
+    x, prob, residual = (t.detach().requires_grad_(backward) for t in (x, prob, residual))
+    packed, maps = form.pack(x, pos, prob, rho)
+    h = packed.detach().requires_grad_(backward) if apart else packed
+    out = form.unpack(h, prob, maps, residual, size.grid, size.sigma)
+    if not apart:
+        del packed, h, maps  # what the backward needs of them it has
+        return out, torch.autograd.grad(out, (x, prob, residual), grad) if backward else ()
+    if not backward:
+        return out, (h,)
+    dprob, dresidual, dh = torch.autograd.grad(out, (prob, residual, h), grad)
+    return out, (*torch.autograd.grad(packed, x, dh), dprob, dresidual, h, dh)

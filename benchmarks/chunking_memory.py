@@ -4,6 +4,9 @@ How: a process of its own runs under an allocator that writes down every allocat
 bytes (count_malloc.c through LD_PRELOAD; torch's tensors and the scratch of the C++ kernels alike). The
 allocations that turn out to hold the output or a gradient of an input are left out; the peak is the largest sum
 of the others that live at one time. One run before it warms up. Linux with glibc and a C compiler only.
+
+KINDS: the path run through, and `ops_`: its ops as a model uses them, with other layers between packing and
+de-chunking. There the packed rows and their gradient are inputs and outputs too; through the path they are not.
 """
 
 import ctypes
@@ -20,9 +23,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.chunking_cases import Size, dense, inputs, our_path, run, widened
+from benchmarks.chunking_cases import Size, dense, inputs, ours, run, widened
 
 HERE = Path(__file__).resolve().parent
+
+
+KINDS = ("forward", "forward_backward", "ops_forward", "ops_forward_backward")
 
 
 class Event(ctypes.Structure):
@@ -30,7 +36,7 @@ class Event(ctypes.Structure):
 
 
 def memory(cases, threads):
-    """([{pass: {form: bytes}}] for each (size, dtype name), None), or (None, why it could not be measured)."""
+    """([{kind: {form: bytes}}] for each (size, dtype name), None), or (None, why it could not be measured)."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if sys.platform != "linux" or not compiler:
         return None, "memory: needs Linux with glibc and a C compiler (cc)"
@@ -52,15 +58,15 @@ def memory(cases, threads):
     return json.loads(done.stdout), None
 
 
-def peak(path, size, tensors, backward):
+def peak(form, size, tensors, backward, apart):
     """Bytes, by the allocator that this process was started under."""
     counter = ctypes.CDLL(None)
     counter.count_stop.restype = counter.count_room.restype = ctypes.c_long
     counter.count_events.restype = ctypes.POINTER(Event)
-    run(path, size, tensors, backward)
+    run(form, size, tensors, backward, apart)
     gc.collect()
     counter.count_start()
-    out, grads = run(path, size, tensors, backward)
+    out, grads = run(form, size, tensors, backward, apart)
     count = counter.count_stop()
     if count > counter.count_room():
         raise RuntimeError("more allocations than the counter has room for")
@@ -82,16 +88,21 @@ def peak(path, size, tensors, backward):
 def main():
     spec = json.load(sys.stdin)
     torch.set_num_threads(spec["threads"])
-    forms = {"dense": dense(), "ours": our_path("auto")}
+    forms = {"dense": dense(), "ours": ours()}
     rows = []
     for size, dtype in spec["cases"]:
         size, row = Size(*size), {}
         tensors = inputs(size, getattr(torch, dtype))
-        for name in ("forward", "forward_backward"):
-            backward = name != "forward"
-            row[name] = {
-                form: peak(path, size, widened(tensors) if form == "dense" else tensors, backward)
-                for form, path in forms.items()
+        for kind in KINDS:
+            row[kind] = {
+                name: peak(
+                    form,
+                    size,
+                    widened(tensors) if name == "dense" else tensors,
+                    "back" in kind,
+                    "ops" in kind,
+                )
+                for name, form in forms.items()
             }
         rows.append(row)
     print(json.dumps(rows))
