@@ -132,6 +132,18 @@ def test_thread_count_changes_nothing():
         assert torch.equal(one, two)
 
 
+def test_the_smoothed_rows_of_dechunk_carry_no_gradient():
+    p, rho, x, pos, s, index = inputs()
+    h = torch.randn(len(index), 8, requires_grad=True)
+    maps = (s.natural, index, s.cu_seqlens)
+    out, smooth = torch.ops.dcdit.dechunk(h, p, *maps, x, 4, 6, 1.0, True)
+    assert out.requires_grad and not smooth.requires_grad
+    (dh,) = torch.autograd.grad(out.sum(), h)
+    assert torch.equal(
+        dh, torch.ops.dcdit.dechunk_backward(torch.ones_like(out), h, p, *maps, smooth, 4, 6, 1.0)[0]
+    )
+
+
 def test_dechunk_refuses_maps_that_would_touch_foreign_memory():
     p, rho, x, pos, s, index = inputs()
     h = torch.randn(len(index), 8)
