@@ -175,7 +175,7 @@ def _close(config: Config, run_dir: Path, seconds: float) -> None:
         "Next:\n"
         f"  dcdit sample --checkpoint {config.run.dir} --classes all --tail-drop 0.5     # half the tokens\n"
         f"  dcdit sample --checkpoint {config.run.dir} --classes 0,1 --per-class 8 --guidance 2.0\n"
-        f"  torchrun --nproc_per_node=2 trainer/train.py --config {RECIPE} train.total_images=25600   # train on\n"
+        f"  torchrun --nproc_per_node=2 trainer/train.py --config {RECIPE} train.total_images=28800   # train on\n"
         "  dcdit doctor                                                   # what this machine offers\n"
         "(`source .venv/bin/activate` puts dcdit and torchrun on the path.)",
         flush=True,

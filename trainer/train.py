@@ -9,7 +9,6 @@ The same command goes on where a run left off: after preemption, a kill, or on a
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,9 +17,6 @@ from typing import Any
 # `python trainer/train.py` puts trainer/ first on the path; the packages are beside it
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-# Every packed length is a shape of its own to oneDNN, which by default keeps 1024 compiled products: 1 GB a process.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 from model.errors import UserError
 from trainer import slurm
