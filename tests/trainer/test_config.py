@@ -48,7 +48,7 @@ def test_saved_config_reads_back_equal(tmp_path):
         ("lr=1", ["'lr'", "'optimizer.lr'"]),
         ("train.globl_batch_size=8", ["'train.globl_batch_size'", "'train.global_batch_size'"]),
         ("train.global_batch_size=many", ["train.global_batch_size", "many"]),
-        ("train.global_batch_size=96", ["train.total_images", "96"]),
+        ("train.global_batch_size=7", ["train.total_images", "14399"]),
         ("train.global_batch_size=-8", ["train.global_batch_size", "above 0"]),
         ("parallel.engine=fdsp", ["parallel.engine", "'fsdp'"]),
         ("train.tail_drop=[1.0]", ["train.tail_drop"]),
