@@ -231,6 +231,6 @@ def test_a_model_that_changed_is_refused_and_a_learning_rate_is_taken(runs):
 
 def test_two_lines_of_help():
     output = subprocess.run(
-        ["python", "trainer/train.py", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "trainer/train.py", "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert "--config FILE" in output and "key=value" in output and "75 stopped by a signal" in output
