@@ -65,8 +65,8 @@ class SpatialRouter(nn.Module):
     def start_from_local_mean(self) -> None:
         """Begin as what the router is meant to become: z_hat the mean of the 3x3 neighbourhood, and a logit that
         grows with what it misses. With random filters z - z_hat is mostly each channel's mean, which GroupNorm
-        then keeps while the encoder's first steps make it larger: all logits end up alike and the retained share
-        jumps between 0 and 1 (benchmarks/router_start.py)."""
+        then keeps while the encoder's first steps make it larger: all logits end up alike, and one step of the
+        optimizer then moves the retained share far (benchmarks/router_start.py)."""
         channels = torch.arange(self.predictor.out_channels)
         self.predictor.weight.zero_()
         self.predictor.weight[channels, channels] = 1 / 9
