@@ -16,6 +16,7 @@ With --model the whole DC-DiT-S instead (chunking_model.py).
 import argparse
 import datetime
 import json
+import os
 import platform
 import shlex
 import signal
@@ -34,6 +35,10 @@ from benchmarks.chunking_memory import KINDS, memory
 from model.ops import available
 
 PASSES = ("forward", "forward_backward")
+# glibc's allocator, told to keep what is freed: else every large tensor of every form comes as untouched pages, and taking
+# those costs several times the arithmetic of any form.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+WARM = 2  # untimed rounds before the timed ones
 COMPILE_SECONDS = 180  # for one size; it has usually done after 30
 
 
@@ -89,10 +94,10 @@ def time_forms(size, dtype, rounds, with_compile, why):
     ms = {}
     for name in PASSES:
         times = {form: [] for form in forms}
-        for _ in range(rounds + 1):  # the first warms up
+        for _ in range(WARM + rounds):
             for form, (path, given) in forms.items():
                 times[form].append(seconds(path, size, given, name != "forward"))
-        ms[name] = {form: 1e3 * statistics.median(t[1:]) for form, t in times.items()}
+        ms[name] = {form: 1e3 * statistics.median(t[WARM:]) for form, t in times.items()}
     return ms
 
 
@@ -102,19 +107,19 @@ def time_growth(size, dtype, rounds):
     path, growth = ours(), {}
     for name in PASSES:
         times = [[], []]
-        for _ in range(rounds + 1):
+        for _ in range(WARM + rounds):
             for (s, tensors), taken in zip(pair, times, strict=True):
                 taken.append(seconds(path, s, tensors, name != "forward"))
-        small, large = (statistics.median(t[1:]) for t in times)
+        small, large = (statistics.median(t[WARM:]) for t in times)
         growth[name] = large / small
     return growth
 
 
 def measure(size, dtype, args, why):
-    rounds = args.rounds or (3 if args.quick else 15)
+    rounds = args.rounds or (3 if args.quick else 9)
     kind = getattr(torch, dtype)
     ms = time_forms(size, kind, rounds, not (args.quick or args.no_compile), why)
-    growth = time_growth(size, kind, max(1, rounds // 2))
+    growth = time_growth(size, kind, rounds)
     T = tokens(size)
     row = {"size": str(size), "dtype": dtype, "sigma": size.sigma, "tokens": T}
     row["retained"] = round(T / (size.batch * size.height * size.width), 2)
@@ -236,7 +241,7 @@ def parse():
         "--dtype", help="of the inputs, one or more (default float32,bfloat16; --model: float32)"
     )
     parser.add_argument("--sizes", help="BxHxWxD, one or more, instead of the three of the project")
-    parser.add_argument("--rounds", type=int, help="timed runs of each form (default 15; --quick: 3)")
+    parser.add_argument("--rounds", type=int, help="timed runs of each form (default 9; --quick: 3)")
     parser.add_argument("--threads", type=int, help="default: what torch chooses")
     args = parser.parse_args()
     args.dtype = (args.dtype or ("float32" if args.model else "float32,bfloat16")).split(",")
@@ -251,8 +256,16 @@ def parse():
     return args
 
 
+def keep_memory():
+    """Start this process again under KEEP_MEMORY, which the allocator reads only once."""
+    if sys.platform == "linux" and not KEEP_MEMORY.items() <= os.environ.items():
+        os.environ.update(KEEP_MEMORY)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
 def main():
     args = parse()
+    keep_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     facts, why = facts_of_this_run(), []

@@ -55,13 +55,8 @@ Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select(const Tensor& prob, const Tensor& tail_drop) {
-  TORCH_CHECK_VALUE(prob.dim() == 2, "select: boundary_prob has shape ", prob.sizes(), ", expected (B, L)");
+  check_select(prob, tail_drop);
   const int64_t B = prob.size(0), L = prob.size(1);
-  TORCH_CHECK_VALUE(L >= 2, "select: boundary_prob has L = ", L, ", but an image needs at least 2 tokens");
-  TORCH_CHECK_VALUE(B * L < (int64_t(1) << 31), "select: boundary_prob has 2**31 places or more; split the batch");
-  check_dtype("select", "boundary_prob", prob, at::kFloat);
-  check_dtype("select", "tail_drop", tail_drop, at::kFloat);
-  check_shape("select", "tail_drop", tail_drop, {B});
   const Tensor prob_ = prob.contiguous(), tail_drop_ = tail_drop.contiguous();
   const auto ints = prob.options().dtype(at::kInt), bools = prob.options().dtype(at::kBool);
   Tensor natural = at::empty({B, L}, bools), retained = at::empty({B, L}, bools);
@@ -89,34 +84,23 @@ Tensor rows(const Tensor& x, const std::optional<Tensor>& pos, const Tensor& map
 }
 
 Tensor gather_tokens(const Tensor& x, const std::optional<Tensor>& pos, const Tensor& index, const Tensor& slot) {
-  TORCH_CHECK_VALUE(x.dim() == 3, "gather_tokens: x has shape ", x.sizes(), ", expected (B, L, D)");
-  const int64_t B = x.size(0), L = x.size(1), D = x.size(2);
-  TORCH_CHECK_VALUE(index.dim() == 1, "gather_tokens: index has shape ", index.sizes(), ", expected (T,)");
-  check_shape("gather_tokens", "slot", slot, {B * L});
-  check_dtype("gather_tokens", "slot", slot, at::kInt);
+  check_gather(x, pos, index, slot);
+  const int64_t B = x.size(0), L = x.size(1);
   const Tensor index_ = index.contiguous();
   check_map("gather_tokens", "index", index_, B * L);
-  std::optional<Tensor> pos_;
-  if (pos) {
-    check_shape("gather_tokens", "pos", *pos, {L, D});
-    check_dtype("gather_tokens", "pos", *pos, at::kFloat);
-    pos_ = pos->contiguous();
-  }
+  const std::optional<Tensor> pos_ = pos ? std::optional(pos->contiguous()) : std::nullopt;
   return rows(x.contiguous(), pos_, index_, L, "gather_tokens");
 }
 
 Tensor gather_tokens_backward(const Tensor& grad, const Tensor& slot, int64_t B, int64_t L) {
-  TORCH_CHECK_VALUE(grad.dim() == 2, "gather_tokens_backward: grad has shape ", grad.sizes(), ", expected (T, D)");
-  check_shape("gather_tokens_backward", "slot", slot, {B * L});
+  check_gather_backward(grad, slot, B, L);
   const Tensor slot_ = slot.contiguous();
   check_map("gather_tokens_backward", "slot", slot_, grad.size(0));
   return rows(grad.contiguous(), std::nullopt, slot_, L, "gather_tokens_backward").view({B, L, grad.size(1)});
 }
 
 Tensor nearest(const Tensor& slot, int64_t B, int64_t H, int64_t W) {
-  TORCH_CHECK_VALUE(B >= 0 && H > 0 && W > 0, "nearest: B, H, W are ", B, ", ", H, ", ", W, ", expected positive numbers");
-  check_shape("nearest", "slot", slot, {B * H * W});
-  check_dtype("nearest", "slot", slot, at::kInt);
+  check_nearest(slot, B, H, W);
   const Tensor slot_ = slot.contiguous();
   Tensor out = at::empty({B, H * W}, slot.options());
   const NearestParams p{slot_.const_data_ptr<int32_t>(), out.mutable_data_ptr<int32_t>(), H, W};
@@ -141,9 +125,6 @@ Window make_window(double sigma, int64_t reach) {
 
 // cu_seqlens and index decide which memory is touched: every entry is looked at.
 void check_packing(const char* op, const Tensor& index, const Tensor& cu_seqlens, int64_t B, int64_t L) {
-  check_dtype(op, "index", index, at::kInt);
-  check_dtype(op, "cu_seqlens", cu_seqlens, at::kInt);
-  check_shape(op, "cu_seqlens", cu_seqlens, {B + 1});
   const int32_t *cu = cu_seqlens.const_data_ptr<int32_t>(), *place = index.const_data_ptr<int32_t>();
   TORCH_CHECK_VALUE(cu[0] == 0 && cu[B] <= index.numel(), op, ": cu_seqlens goes from ", cu[0], " to ", cu[B],
                     ", expected 0 to at most ", index.numel());
@@ -171,59 +152,39 @@ void each_unit(int64_t units, int64_t scratch_floats, const Work& work) {
   });
 }
 
-// What forward and backward share: checked dense tensors, the plans, and the parameters that point at them.
-struct Dechunk {
-  Tensor h, prob, natural, index, cu_seqlens;
+// The inputs, their maps looked at, and the plans of the images.
+struct Dechunk : DechunkInputs {
   Window window;
   std::vector<ImagePlan> plans;
   int64_t scratch = 0;
-  DechunkParams p{};
 
-  Dechunk(const char* op, const Tensor& h_, const Tensor& prob_, const Tensor& natural_, const Tensor& index_,
-          const Tensor& cu_seqlens_, int64_t H, int64_t W, double sigma)
-      : h(h_.contiguous()), prob(prob_.contiguous()), natural(natural_.contiguous()), index(index_.contiguous()),
-        cu_seqlens(cu_seqlens_.contiguous()) {
-    TORCH_CHECK_VALUE(h.dim() == 2, op, ": h has shape ", h.sizes(), ", expected (T, D)");
-    TORCH_CHECK_VALUE(prob.dim() == 2, op, ": boundary_prob has shape ", prob.sizes(), ", expected (B, L)");
-    const int64_t B = prob.size(0), L = prob.size(1);
-    TORCH_CHECK_VALUE(H > 0 && W > 0 && H * W == L, op, ": grid ", H, "x", W, " does not have L = ", L, " places");
-    TORCH_CHECK_VALUE(sigma > 0, op, ": sigma is ", sigma, ", expected a positive number");
-    check_dtype(op, "boundary_prob", prob, at::kFloat);
-    check_dtype(op, "natural", natural, at::kBool);
-    check_shape(op, "natural", natural, {B, L});
-    check_shape(op, "index", index, {h.size(0)});
-    check_packing(op, index, cu_seqlens, B, L);
-    window = make_window(sigma, std::max(H, W) - 1);
-    plans.resize(B);
-    p.h = h.const_data_ptr();
-    p.h_type = p.residual_type = type_of(op, "h", h);
-    p.prob = prob.const_data_ptr<float>();
-    p.natural = natural.const_data_ptr<bool>();
-    p.index = index.const_data_ptr<int32_t>();
-    p.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
-    p.B = B, p.H = H, p.W = W, p.T = h.size(0), p.D = h.size(1), p.sigma = sigma;
-    at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+  template <class... Inputs>
+  explicit Dechunk(const char* op, const Inputs&... inputs) : DechunkInputs(op, inputs...) {
+    check_packing(op, index, cu_seqlens, p.B, p.H * p.W);
+    window = make_window(p.sigma, std::max(p.H, p.W) - 1);
+    plans.resize(p.B);
+    at::parallel_for(0, p.B, 1, [&](int64_t begin, int64_t end) {
       kernels().dechunk_plan(p, window, plans.data(), begin, end);
     });
     int64_t most = 0;
     for (const ImagePlan& plan : plans) most = std::max(most, plan.M);
-    scratch = kernels().dechunk_scratch(most, W);
+    scratch = kernels().dechunk_scratch(most, p.W);
   }
 };
 
+// The smoothed rows are made again in the backward: measured, that costs what writing and reading them costs, and a third
+// of the memory. So the second output, which the GPU's backward reads, is empty, and `keep` says nothing here.
 std::tuple<Tensor, Tensor> dechunk(const Tensor& h, const Tensor& prob, const Tensor& natural, const Tensor& index,
                                    const Tensor& cu_seqlens, const Tensor& residual, int64_t H, int64_t W, double sigma,
-                                   bool keep) {
+                                   bool /*keep*/) {
   Dechunk d("dechunk", h, prob, natural, index, cu_seqlens, H, W, sigma);
   check_shape("dechunk", "residual", residual, {d.p.B, H * W, d.p.D});
   const Tensor residual_ = residual.contiguous();
   Tensor out = fresh({d.p.B, H * W, d.p.D}, h.options().dtype(at::kFloat));
-  Tensor smooth = fresh({keep ? d.p.T : 0, d.p.D}, out.options());
-  if (keep && d.p.cu_seqlens[d.p.B] < d.p.T) smooth.zero_();  // rows of padding are never written
+  Tensor smooth = at::empty({0, d.p.D}, out.options());
   d.p.residual = residual_.const_data_ptr();
   d.p.residual_type = type_of("dechunk", "residual", residual_);
   d.p.out = out.mutable_data_ptr<float>();
-  d.p.smooth = keep ? smooth.mutable_data_ptr<float>() : nullptr;
   const int64_t blocks = d.p.blocks();
   each_unit(d.p.B * blocks, d.scratch, [&](int64_t unit, float* scratch) {
     const int64_t b = unit / blocks;
@@ -233,21 +194,18 @@ std::tuple<Tensor, Tensor> dechunk(const Tensor& h, const Tensor& prob, const Te
 }
 
 std::tuple<Tensor, Tensor> dechunk_backward(const Tensor& grad, const Tensor& h, const Tensor& prob, const Tensor& natural,
-                                            const Tensor& index, const Tensor& cu_seqlens, const Tensor& smooth, int64_t H,
-                                            int64_t W, double sigma) {
+                                            const Tensor& index, const Tensor& cu_seqlens, const Tensor& /*smooth*/,
+                                            int64_t H, int64_t W, double sigma) {
   const char* op = "dechunk_backward";
   Dechunk d(op, h, prob, natural, index, cu_seqlens, H, W, sigma);
   check_shape(op, "grad", grad, {d.p.B, H * W, d.p.D});
   check_dtype(op, "grad", grad, at::kFloat);
-  check_shape(op, "smooth", smooth, h.sizes());
-  check_dtype(op, "smooth", smooth, at::kFloat);
-  const Tensor grad_ = grad.contiguous(), smooth_ = smooth.contiguous();
+  const Tensor grad_ = grad.contiguous();
   const int64_t blocks = d.p.blocks(), used = d.p.cu_seqlens[d.p.B];
   Tensor dh = fresh(d.h.sizes(), d.h.options()), dprob = at::empty_like(d.prob);
   Tensor parts = at::empty({blocks * (d.p.B * H * W + 2 * d.p.T)}, dprob.options());
   if (used < d.p.T) dh.narrow(0, used, d.p.T - used).zero_();
   d.p.grad = grad_.const_data_ptr<float>();
-  d.p.smooth = const_cast<float*>(smooth_.const_data_ptr<float>());  // only read backward
   d.p.dh = dh.mutable_data_ptr();
   d.p.dprob = dprob.mutable_data_ptr<float>();
   d.p.part_gate = parts.mutable_data_ptr<float>();

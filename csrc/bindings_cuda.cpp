@@ -42,13 +42,8 @@ void need(const char* problem) { TORCH_CHECK_VALUE(problem == nullptr, problem);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select(const Tensor& prob, const Tensor& tail_drop) {
   const Place place("select", {{"boundary_prob", &prob}, {"tail_drop", &tail_drop}});
-  TORCH_CHECK_VALUE(prob.dim() == 2, "select: boundary_prob has shape ", prob.sizes(), ", expected (B, L)");
+  check_select(prob, tail_drop);
   const int64_t B = prob.size(0), L = prob.size(1);
-  TORCH_CHECK_VALUE(L >= 2, "select: boundary_prob has L = ", L, ", but an image needs at least 2 tokens");
-  TORCH_CHECK_VALUE(B * L < (int64_t(1) << 31), "select: boundary_prob has 2**31 places or more; split the batch");
-  check_dtype("select", "boundary_prob", prob, at::kFloat);
-  check_dtype("select", "tail_drop", tail_drop, at::kFloat);
-  check_shape("select", "tail_drop", tail_drop, {B});
   const Tensor prob_ = prob.contiguous(), tail_drop_ = tail_drop.contiguous();
   const auto ints = prob.options().dtype(at::kInt), bools = prob.options().dtype(at::kBool);
   Tensor natural = at::empty({B, L}, bools), retained = at::empty({B, L}, bools);
@@ -93,35 +88,21 @@ Tensor copy_rows(const Place& place, const char* op, const Tensor& x, const std:
 Tensor gather_tokens(const Tensor& x, const std::optional<Tensor>& pos, const Tensor& index, const Tensor& slot) {
   const char* op = "gather_tokens";
   const Place place(op, {{"x", &x}, {"index", &index}, {"slot", &slot}, {"pos", pos ? &*pos : &x}});
-  TORCH_CHECK_VALUE(x.dim() == 3, op, ": x has shape ", x.sizes(), ", expected (B, L, D)");
-  const int64_t B = x.size(0), L = x.size(1), D = x.size(2);
-  TORCH_CHECK_VALUE(index.dim() == 1, op, ": index has shape ", index.sizes(), ", expected (T,)");
-  check_dtype(op, "index", index, at::kInt);
-  check_shape(op, "slot", slot, {B * L});
-  check_dtype(op, "slot", slot, at::kInt);
-  std::optional<Tensor> pos_;
-  if (pos) {
-    check_shape(op, "pos", *pos, {L, D});
-    check_dtype(op, "pos", *pos, at::kFloat);
-    pos_ = pos->contiguous();
-  }
-  return copy_rows(place, op, x.contiguous(), pos_, index.contiguous(), L);
+  check_gather(x, pos, index, slot);
+  const std::optional<Tensor> pos_ = pos ? std::optional(pos->contiguous()) : std::nullopt;
+  return copy_rows(place, op, x.contiguous(), pos_, index.contiguous(), x.size(1));
 }
 
 Tensor gather_tokens_backward(const Tensor& grad, const Tensor& slot, int64_t B, int64_t L) {
   const char* op = "gather_tokens_backward";
   const Place place(op, {{"grad", &grad}, {"slot", &slot}});
-  TORCH_CHECK_VALUE(grad.dim() == 2, op, ": grad has shape ", grad.sizes(), ", expected (T, D)");
-  check_shape(op, "slot", slot, {B * L});
-  check_dtype(op, "slot", slot, at::kInt);
+  check_gather_backward(grad, slot, B, L);
   return copy_rows(place, op, grad.contiguous(), std::nullopt, slot.contiguous(), L).view({B, L, grad.size(1)});
 }
 
 Tensor nearest(const Tensor& slot, int64_t B, int64_t H, int64_t W) {
   const Place place("nearest", {{"slot", &slot}});
-  TORCH_CHECK_VALUE(B >= 0 && H > 0 && W > 0, "nearest: B, H, W are ", B, ", ", H, ", ", W, ", expected positive numbers");
-  check_shape("nearest", "slot", slot, {B * H * W});
-  check_dtype("nearest", "slot", slot, at::kInt);
+  check_nearest(slot, B, H, W);
   const Tensor slot_ = slot.contiguous();
   Tensor out = at::empty({B, H * W}, slot.options());
   const NearestParams p{slot_.const_data_ptr<int32_t>(), out.mutable_data_ptr<int32_t>(), H, W};
@@ -130,44 +111,13 @@ Tensor nearest(const Tensor& slot, int64_t B, int64_t H, int64_t W) {
   return out;
 }
 
-// What forward and backward share: checked dense tensors, and the parameters that point at them.
-struct Dechunk {
-  Tensor h, prob, natural, index, cu_seqlens;
-  DechunkParams p{};
-
-  Dechunk(const char* op, const Tensor& h_, const Tensor& prob_, const Tensor& natural_, const Tensor& index_,
-          const Tensor& cu_seqlens_, int64_t H, int64_t W, double sigma)
-      : h(h_.contiguous()), prob(prob_.contiguous()), natural(natural_.contiguous()), index(index_.contiguous()),
-        cu_seqlens(cu_seqlens_.contiguous()) {
-    TORCH_CHECK_VALUE(h.dim() == 2, op, ": h has shape ", h.sizes(), ", expected (T, D)");
-    TORCH_CHECK_VALUE(prob.dim() == 2, op, ": boundary_prob has shape ", prob.sizes(), ", expected (B, L)");
-    const int64_t B = prob.size(0), L = prob.size(1);
-    TORCH_CHECK_VALUE(H > 0 && W > 0 && H * W == L, op, ": grid ", H, "x", W, " does not have L = ", L, " places");
-    TORCH_CHECK_VALUE(sigma > 0, op, ": sigma is ", sigma, ", expected a positive number");
-    check_dtype(op, "boundary_prob", prob, at::kFloat);
-    check_dtype(op, "natural", natural, at::kBool);
-    check_shape(op, "natural", natural, {B, L});
-    check_dtype(op, "index", index, at::kInt);
-    check_shape(op, "index", index, {h.size(0)});
-    check_dtype(op, "cu_seqlens", cu_seqlens, at::kInt);
-    check_shape(op, "cu_seqlens", cu_seqlens, {B + 1});
-    p.h = h.const_data_ptr();
-    p.h_type = p.residual_type = type_of(op, "h", h);
-    p.prob = prob.const_data_ptr<float>();
-    p.natural = natural.const_data_ptr<bool>();
-    p.index = index.const_data_ptr<int32_t>();
-    p.cu_seqlens = cu_seqlens.const_data_ptr<int32_t>();
-    p.B = B, p.H = H, p.W = W, p.T = h.size(0), p.D = h.size(1), p.sigma = sigma;
-  }
-};
-
 std::tuple<Tensor, Tensor> dechunk(const Tensor& h, const Tensor& prob, const Tensor& natural, const Tensor& index,
                                    const Tensor& cu_seqlens, const Tensor& residual, int64_t H, int64_t W, double sigma,
                                    bool keep) {
   const char* op = "dechunk";
   const Place place(op, {{"h", &h}, {"boundary_prob", &prob}, {"natural", &natural}, {"index", &index},
                          {"cu_seqlens", &cu_seqlens}, {"residual", &residual}});
-  Dechunk d(op, h, prob, natural, index, cu_seqlens, H, W, sigma);
+  DechunkInputs d(op, h, prob, natural, index, cu_seqlens, H, W, sigma);
   check_shape(op, "residual", residual, {d.p.B, H * W, d.p.D});
   const Tensor residual_ = residual.contiguous();
   Tensor out = at::empty({d.p.B, H * W, d.p.D}, h.options().dtype(at::kFloat));
@@ -187,7 +137,7 @@ std::tuple<Tensor, Tensor> dechunk_backward(const Tensor& grad, const Tensor& h,
   const char* op = "dechunk_backward";
   const Place place(op, {{"h", &h}, {"grad", &grad}, {"boundary_prob", &prob}, {"natural", &natural}, {"index", &index},
                          {"cu_seqlens", &cu_seqlens}, {"smooth", &smooth}});
-  Dechunk d(op, h, prob, natural, index, cu_seqlens, H, W, sigma);
+  DechunkInputs d(op, h, prob, natural, index, cu_seqlens, H, W, sigma);
   check_shape(op, "grad", grad, {d.p.B, H * W, d.p.D});
   check_dtype(op, "grad", grad, at::kFloat);
   check_shape(op, "smooth", smooth, h.sizes());

@@ -4,17 +4,18 @@
 constexpr int64_t kLanes = DechunkParams::kBlock / kLane;
 
 int64_t dechunk_scratch(int64_t most_tokens, int64_t W) {
-  return (2 * kLanes + 1) * most_tokens * kLane + kRows * W * kLane + 16;
+  return (3 * kLanes + 1) * most_tokens * kLane + kRows * W * kLane + 16;
 }
 
-// Scratch of one block: rows (lanes, M), cell (lanes, M), v (M), between (kRows, W), all of kLane floats.
+// Scratch of one block: rows, cell, smooth (lanes, M), v (M), between (kRows, W), all of kLane floats.
 struct Scratch {
-  float *rows, *cell, *v, *between;
+  float *rows, *cell, *smoothed, *v, *between;
 
   Scratch(float* memory, int64_t M) {
     rows = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t(63));
     cell = rows + kLanes * M * kLane;
-    v = cell + kLanes * M * kLane;
+    smoothed = cell + kLanes * M * kLane;
+    v = smoothed + kLanes * M * kLane;
     between = v + M * kLane;
   }
 };
@@ -60,9 +61,10 @@ inline void write_lane(const Quad& q, int64_t n, f32* x) {
   for (int64_t d = 0; d < n; ++d) x[d].bits = from[d];
 }
 
-// The rows that fill the grid, p h + (1 - p) s, into scratch; s into `smooth` where it is kept for the backward.
+// The rows that fill the grid, p h + (1 - p) s, into scratch; for the backward (`keep`) s too.
 template <class Number>
-void forward_rows(const DechunkParams& p, const Window& w, const ImagePlan& plan, int64_t block, const Scratch& at) {
+void fill_rows(const DechunkParams& p, const Window& w, const ImagePlan& plan, int64_t block, const Scratch& at,
+               bool keep) {
   const Number* h = static_cast<const Number*>(p.h);
   const int64_t M = plan.M;
   for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -70,10 +72,10 @@ void forward_rows(const DechunkParams& p, const Window& w, const ImagePlan& plan
     if (n <= 0) break;
     for (int64_t t = 0; t < M; ++t)
       read_lane(h + (plan.first + t) * p.D + c0, n).times(plan.p[t]).write(at.v + t * kLane);
-    float* rows = at.rows + lane * M * kLane;
+    float *rows = at.rows + lane * M * kLane, *smoothed = at.smoothed + lane * M * kLane;
     smooth(w, plan, p.H, p.W, at.v, at.between, [&](int64_t i, const Quad& sum) {
       const Quad s = sum.times(1.0f / plan.norm[i]);
-      if (p.smooth) write_lane(s, n, reinterpret_cast<f32*>(p.smooth + (plan.first + i) * p.D + c0));
+      if (keep) s.write(smoothed + i * kLane);
       Quad out = Quad::read(at.v + i * kLane);
       out.add(1.0f - plan.p[i], s);
       out.write(rows + i * kLane);
@@ -101,9 +103,9 @@ void dechunk_forward(const DechunkParams& p, const Window& w, const ImagePlan& p
                      float* scratch) {
   const Scratch at(scratch, plan.M);
   switch (p.h_type) {
-    case Type::f32: forward_rows<f32>(p, w, plan, block, at); break;
-    case Type::bf16: forward_rows<bf16>(p, w, plan, block, at); break;
-    case Type::f16: forward_rows<f16>(p, w, plan, block, at); break;
+    case Type::f32: fill_rows<f32>(p, w, plan, block, at, false); break;
+    case Type::bf16: fill_rows<bf16>(p, w, plan, block, at, false); break;
+    case Type::f16: fill_rows<f16>(p, w, plan, block, at, false); break;
   }
   switch (p.residual_type) {
     case Type::f32: plug_back<f32>(p, plan, b, block, at); break;
@@ -139,31 +141,24 @@ void backward_rows(const DechunkParams& p, const Window& w, const ImagePlan& pla
                    const Scratch& at) {
   const int64_t M = plan.M, D = p.D, c0 = block * DechunkParams::kBlock;
   const Number* h = static_cast<const Number*>(p.h) + plan.first * D + c0;
-  const f32* s = reinterpret_cast<const f32*>(p.smooth + plan.first * D + c0);
   Number* dh = static_cast<Number*>(p.dh) + plan.first * D + c0;
   float* weight = p.part_weight + block * p.T + plan.first;
   float* cell = p.part_cell + block * p.T + plan.first;
   const int64_t lanes = std::min(kLanes, (D - c0 + kLane - 1) / kLane);
 
-  for (int64_t lane = 0; lane < lanes; ++lane)
-    for (int64_t t = 0; t < M; ++t) {
-      const int64_t at_D = t * D + lane * kLane, n = D - c0 - lane * kLane;
-      Quad row = read_lane(h + at_D, n).times(plan.p[t]);
-      row.add(1.0f - plan.p[t], read_lane(s + at_D, n));
-      row.write(at.rows + (lane * M + t) * kLane);
-    }
+  fill_rows<Number>(p, w, plan, block, at, true);
   collect_cells(p, plan, b, block, at);
 
   std::fill(weight, weight + M, 0.0f);
   std::fill(cell, cell + M, 0.0f);
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const int64_t n = D - c0 - lane * kLane;
-    const float* a = at.cell + lane * M * kLane;
+    const float *a = at.cell + lane * M * kLane, *smoothed = at.smoothed + lane * M * kLane;
     for (int64_t t = 0; t < M; ++t)
       Quad::read(a + t * kLane).times((1.0f - plan.p[t]) / plan.norm[t]).write(at.v + t * kLane);
     smooth(w, plan, p.H, p.W, at.v, at.between, [&](int64_t j, const Quad& u) {
       const int64_t at_D = j * D + lane * kLane;
-      const Quad h_j = read_lane(h + at_D, n), s_j = read_lane(s + at_D, n), a_j = Quad::read(a + j * kLane);
+      const Quad h_j = read_lane(h + at_D, n), s_j = Quad::read(smoothed + j * kLane), a_j = Quad::read(a + j * kLane);
       Quad both = a_j;
       both.add(u);
       write_lane(both.times(plan.p[j]), n, dh + at_D);

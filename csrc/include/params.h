@@ -63,7 +63,7 @@ struct DechunkParams {
 
   const void* residual;  // forward: (B, L, D)
   float* out;            // forward: (B, L, D)
-  float* smooth;         // (T, D) smoothed rows: written forward if not null, read backward
+  float* smooth;         // (T, D) smoothed rows, GPU only: written forward if not null, read backward
 
   const float* grad;  // backward: (B, L, D)
   void* dh;           // backward: (T, D)

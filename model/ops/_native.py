@@ -116,7 +116,8 @@ def _register_fakes() -> None:
     @torch.library.register_fake("dcdit::dechunk")
     def _(h, boundary_prob, natural, index, cu_seqlens, residual, H, W, sigma, keep):
         out = h.new_empty(residual.shape, dtype=torch.float32)
-        return out, h.new_empty((h.shape[0] if keep else 0, h.shape[1]), dtype=torch.float32)
+        rows = h.shape[0] if keep and h.device.type != "cpu" else 0  # the CPU's backward makes them again
+        return out, h.new_empty((rows, h.shape[1]), dtype=torch.float32)
 
     @torch.library.register_fake("dcdit::dechunk_backward")
     def _(grad, h, boundary_prob, natural, index, cu_seqlens, smooth, H, W, sigma):

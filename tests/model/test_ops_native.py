@@ -138,6 +138,7 @@ def test_the_smoothed_rows_of_dechunk_carry_no_gradient():
     maps = (s.natural, index, s.cu_seqlens)
     out, smooth = torch.ops.dcdit.dechunk(h, p, *maps, x, 4, 6, 1.0, True)
     assert out.requires_grad and not smooth.requires_grad
+    assert smooth.shape == (0, 8)  # a CPU keeps none of them
     (dh,) = torch.autograd.grad(out.sum(), h)
     assert torch.equal(
         dh, torch.ops.dcdit.dechunk_backward(torch.ones_like(out), h, p, *maps, smooth, 4, 6, 1.0)[0]
