@@ -35,8 +35,8 @@ from benchmarks.chunking_memory import KINDS, memory
 from model.ops import available
 
 PASSES = ("forward", "forward_backward")
-# glibc's allocator, told to keep what is freed: else every large tensor of every form comes as untouched pages, and taking
-# those costs several times the arithmetic of any form.
+# glibc's allocator, told to keep what is freed: else every large tensor of every form comes as untouched pages, and
+# taking those costs several times the arithmetic of any form.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 WARM = 2  # untimed rounds before the timed ones
 COMPILE_SECONDS = 180  # for one size; it has usually done after 30

@@ -66,8 +66,8 @@ def dechunk(
     units. Returns (B, L, D) float32 (float64 if h is).
 
     The PyTorch form is exact; the native one leaves out what lies beyond a window chosen so that no value errs
-    by more than 1e-6 of max |h|, and sums in float32 whatever the input. The PyTorch and the GPU forms save the smoothed
-    rows for the backward; on a CPU they are made again there.
+    by more than 1e-6 of max |h|, and sums in float32 whatever the input. The PyTorch and the GPU forms save the
+    smoothed rows for the backward; on a CPU they are made again there.
 
     p is clamped to [1e-4, 1 - 1e-4], 1 at the forced places; s_i = sum_j K_ij p_j h_j / (sum_j K_ij p_j +
     1e-8) over the retained j of the image; out_i = p_i h_i + (1 - p_i) s_i; each place takes `out` of its
