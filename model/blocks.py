@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from model import ops
 from model.attention import attend, compute_dtype
 from model.chunking import Packed
-from model.linear import Linear, linear, stream_dtype
+from model.dydit import FULL, Width, Widths
+from model.linear import Linear, stream_dtype
 
 Grid = tuple[int, int]
 
@@ -28,19 +29,6 @@ def tokens_to_image(x_BLC: Tensor, grid: Grid) -> Tensor:
 def image_to_tokens(x_BCHW: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, L, C); a view where the image is channels-last."""
     return x_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class Float32Linear(nn.Linear):
-    """A linear layer computed in float32, whatever its weights or its input are stored in."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return linear(at_least_float32(x), at_least_float32(self.weight), at_least_float32(self.bias))
 
 
 class RMSNorm(nn.Module):
@@ -126,6 +114,14 @@ def add_gated(x_TD: Tensor, gate_BD: Tensor, y_TD: Tensor, packed: Packed) -> Te
     return ops.add_gated(x_TD, gate_BD, y_TD, packed.cu_seqlens, backend=packed.ops)
 
 
+def masked(x_TC: Tensor, mask_BN: Tensor | None, packed: Packed) -> Tensor:
+    """x (T, C) with what is closed in each token's image at zero: mask (B, N) of N equal slices of C, or None."""
+    if mask_BN is None:
+        return x_TC
+    mask_BC = mask_BN.to(x_TC.dtype).repeat_interleave(x_TC.shape[1] // mask_BN.shape[1], dim=1)
+    return modulate(x_TC, torch.zeros_like(mask_BC), mask_BC - 1, packed)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention within each image of a packed batch."""
 
@@ -135,8 +131,10 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x_TD: Tensor, packed: Packed) -> Tensor:
-        qkv_T3NK = self.qkv(x_TD).unflatten(-1, (3, self.num_heads, -1))
+    def forward(self, x_TD: Tensor, packed: Packed, heads: Width | None = None) -> Tensor:
+        heads = heads or FULL
+        qkv_TC = self.qkv(x_TD, rows=heads.kept, parts=3)
+        qkv_T3NK = qkv_TC.unflatten(-1, (3, -1, self.proj.in_features // self.num_heads))
         out_TNK = attend(
             qkv_T3NK,
             packed.cu_seqlens,
@@ -146,7 +144,7 @@ class Attention(nn.Module):
             packed.uniform,
             packed.spans,
         )
-        return self.proj(out_TNK.flatten(1))
+        return self.proj(masked(out_TNK.flatten(1), heads.mask, packed), columns=heads.kept)
 
 
 class MLP(nn.Module):
@@ -157,8 +155,10 @@ class MLP(nn.Module):
         self.fc1 = Linear(width, inner)
         self.fc2 = Linear(inner, width)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_TD), approximate="tanh"))
+    def forward(self, x_TD: Tensor, packed: Packed, groups: Width | None = None) -> Tensor:
+        groups = groups or FULL
+        h_TF = F.gelu(self.fc1(x_TD, rows=groups.kept), approximate="tanh")
+        return self.fc2(masked(h_TF, groups.mask, packed), columns=groups.kept)
 
 
 class DiTBlock(nn.Module):
@@ -172,12 +172,19 @@ class DiTBlock(nn.Module):
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x_TD: Tensor, c_BD: Tensor, packed: Packed) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        c_BD: Tensor,
+        packed: Packed,
+        heads: Width | None = None,
+        groups: Width | None = None,
+    ) -> Tensor:
         # Once per image; the six vectors are spread over that image's tokens where they are used.
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c_BD)).chunk(6, dim=-1)
-        h_TD = self.attention(modulate(self.norm1(x_TD), shift1, scale1, packed), packed)
+        h_TD = self.attention(modulate(self.norm1(x_TD), shift1, scale1, packed), packed, heads)
         x_TD = add_gated(x_TD, gate1, h_TD, packed)
-        h_TD = self.mlp(modulate(self.norm2(x_TD), shift2, scale2, packed))
+        h_TD = self.mlp(modulate(self.norm2(x_TD), shift2, scale2, packed), packed, groups)
         return add_gated(x_TD, gate2, h_TD, packed)
 
 
@@ -189,10 +196,14 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(width, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = RMSNorm(width) if final_norm else nn.Identity()
 
-    def forward(self, x_TD: Tensor, c_BD: Tensor, packed: Packed) -> Tensor:
-        for block in self.blocks:
-            x_TD = block(x_TD, c_BD, packed)
-        return self.norm(x_TD)
+    def forward(self, x_TD: Tensor, c_BD: Tensor, packed: Packed, widths: Widths | None = None) -> Tensor:
+        return self.norm(self.run_blocks(x_TD, c_BD, packed, widths))
+
+    def run_blocks(self, x_TD: Tensor, c_BD: Tensor, packed: Packed, widths: Widths | None = None) -> Tensor:
+        """The blocks without the norm at the end. widths: heads and channel groups of each block (DyDiT)."""
+        for i, block in enumerate(self.blocks):
+            x_TD = block(x_TD, c_BD, packed, *(widths[i] if widths else ()))
+        return x_TD
 
 
 class FinalLayer(nn.Module):

@@ -29,7 +29,8 @@ class DCDiTConfig:
     mean tokens per retained token. dechunk_sigma: width of the smoothing, in grid units (1.0 at 32 x 32,
     2.0 at 64 x 64). packing: "exact", as many packed rows as the router chose, or "capacity", in
     training mode always ceil(capacity_factor * B * L / N) rows: no host read, the least probable tokens of the
-    batch go where they do not fit. allow_narrow_encoder: accept E = 32, where GroupNorm(32) cancels the conditioning of
+    batch go where they do not fit. dydit: None, or the share of the backbone's FLOPs that DyDiT's gates learn to spend
+    (model/dydit.py). allow_narrow_encoder: accept E = 32, where GroupNorm(32) cancels the conditioning of
     encoder and decoder exactly; only for checkpoints that were made so.
     """
 
@@ -49,6 +50,7 @@ class DCDiTConfig:
     capacity_factor: float = 1.25
     attention_backend: str = "auto"
     ops_backend: str = "auto"
+    dydit: float | None = None
     allow_narrow_encoder: bool = False
 
     def __post_init__(self) -> None:
@@ -120,6 +122,7 @@ class DiTConfig:
     learn_sigma: bool = True
     mlp_ratio: float = 4.0
     attention_backend: str = "auto"
+    dydit: float | None = None
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -196,6 +199,30 @@ def _check_common(config) -> None:
     if config.attention_backend not in ATTENTION_BACKENDS:
         raise UserError(
             f"attention_backend={config.attention_backend!r} is not one of {', '.join(ATTENTION_BACKENDS)}"
+        )
+    _check_dydit(config)
+
+
+def _check_dydit(config) -> None:
+    """The target must be one that the gates can reach."""
+    target, N = config.dydit, config.num_heads
+    if target is None:
+        return
+    if not _number(target):
+        raise UserError(
+            f"dydit={target!r} must be a number (the share of the backbone's FLOPs to spend) or null"
+        )
+    if N < 2:
+        raise UserError(f"dydit={target}: num_heads={N} leaves nothing to close; use 2 heads or more")
+    inner = int(config.hidden_size * config.mlp_ratio)
+    if inner % N:
+        raise UserError(
+            f"dydit={target}: the MLP's {inner} channels do not divide into num_heads={N} groups; change mlp_ratio"
+        )
+    if not 1 / N < target < 1:
+        raise UserError(
+            f"dydit={target} must be between 1/num_heads = {1 / N:.3g} (one head and one channel group are always "
+            "open) and 1; null for no gates"
         )
 
 

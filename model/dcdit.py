@@ -4,27 +4,36 @@ Shape letters: B images, C channels, H x W grid of the latent, L = H*W tokens in
 E width of encoder and decoder, D width of the backbone, T retained tokens of the whole batch.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model import attention, chunking
-from model.blocks import Backbone, ConvStack, FinalLayer, Float32Linear, Grid, init_linears, zero
+from model.blocks import Backbone, ConvStack, FinalLayer, Grid, init_linears, zero
 from model.config import DCDiTConfig
+from model.dydit import GateRouter, Gates, PendingWidths
 from model.embeddings import LabelEmbedder, TimestepEmbedder, TokenEmbedder, grid_positions, position_table
+from model.linear import Float32Linear
 from model.pretrained import Pretrained
 from model.router import SpatialRouter, make_router
 
+if TYPE_CHECKING:
+    from model.teacache import TeaCache
+
 
 class DCDiTOutput(NamedTuple):
-    """What a model returns: sample (B, C or 2C, H, W), and the routing of the batch (None for DiT).
+    """What a model returns: sample (B, C or 2C, H, W), and the routing of the batch (None for DiT). gates: what
+    DyDiT's gates had open, None without them. reused (B,) bool: which images' backbone was left out by TeaCache, None
+    without it.
 
     A tuple, so that FSDP and DDP find the tensors in it.
     """
 
     sample: Tensor
     routing: chunking.Routing | None
+    gates: Gates | None = None
+    reused: Tensor | None = None
 
 
 class DCDiT(Pretrained, nn.Module):
@@ -43,6 +52,7 @@ class DCDiT(Pretrained, nn.Module):
         self.encoder = ConvStack((E, E, D), D)
         self.residual_proj = Float32Linear(D, D)
         self.router = make_router(config.router, D)
+        self.gates = gate_router(config)
         self.backbone = Backbone(D, config.depth, config.num_heads, config.mlp_ratio, final_norm=True)
         self.decoder = ConvStack((D, E, E), D)
         self.final_layer = FinalLayer(E, D, config.out_channels)
@@ -51,10 +61,18 @@ class DCDiT(Pretrained, nn.Module):
         self.register_buffer("pos_embed", torch.empty(1, L, D))
         self.init_weights()
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, tail_drop: float | Tensor = 0.0) -> DCDiTOutput:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        tail_drop: float | Tensor = 0.0,
+        cache: "TeaCache | None" = None,
+    ) -> DCDiTOutput:
         """x (B, C, H, W) floating, t (B,) whole or float, y (B,) int64 in 0..K (K: no class) -> DCDiTOutput.
 
-        tail_drop: share of the retained tokens to leave out, one number or one per image (B,), in [0, 1].
+        tail_drop: share of the retained tokens to leave out, one number or one per image (B,), in [0, 1]. cache: what
+        a TeaCache hands over when it is called in the model's place.
         Raises ValueError for shapes that do not fit. One device-to-host read (chunking.finish) with exact packing
         and in eval mode, none in training with packing by capacity.
         """
@@ -62,7 +80,9 @@ class DCDiT(Pretrained, nn.Module):
         backend = self.config.ops_backend
 
         x_BLE = self.x_embedder(x)
-        c_BD = self.t_embedder(t) + self.y_embedder(y)
+        t_BD = self.t_embedder(t)
+        c_BD = t_BD + self.y_embedder(y)
+        widths = PendingWidths(self.gates(t_BD), self.training) if self.gates else None
         x_BLD = self.encoder(x_BLE, c_BD, grid)
 
         boundary_prob_BL = self.router(x_BLD, grid)
@@ -72,12 +92,18 @@ class DCDiT(Pretrained, nn.Module):
 
         kernel = attention_for(self.config, x_BLD)
         packed = chunking.pack(x_BLD, self._positions(grid), routing, kernel, backend)
-        h_TD = self.backbone(packed.tokens, c_BD, packed)
+        open_widths, reused = widths and widths.result(), None
+        if cache is None:
+            h_TD = self.backbone(packed.tokens, c_BD, packed, open_widths)
+        else:
+            dense_BLD = x_BLD + self._positions(grid)
+            h_TD, reused = cache.run(self.backbone, packed, c_BD, open_widths, dense_BLD, routing)
         x_BLD = chunking.dechunk(h_TD, routing, residual_BLD, self.config.dechunk_sigma, backend)
 
         x_BLE = self.decoder(x_BLD, c_BD, grid)
         x_BLC = self.final_layer(x_BLE, c_BD)
-        return DCDiTOutput(unpatchify(x_BLC, grid), routing)
+        gates = widths and widths.report(self.config, packed.cu_seqlens.diff())
+        return DCDiTOutput(unpatchify(x_BLC, grid), routing, gates, reused)
 
     def init_weights(self) -> None:
         """DiT's initialisation; the residual branch starts at zero and the scorer near few tokens.
@@ -88,6 +114,8 @@ class DCDiT(Pretrained, nn.Module):
         init_linears(self)
         for module in (self.x_embedder, self.t_embedder, self.y_embedder, self.router):
             module.reset()
+        if self.gates:
+            self.gates.reset()
         zero(self.residual_proj)
         self.pos_embed.copy_(position_table(self.config.hidden_size, self.config.input_size)[None])
 
@@ -143,6 +171,13 @@ def check_inputs(config, x: Tensor, t: Tensor, y: Tensor) -> Grid:
         if value.shape != (B,):
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one per image: ({B},)")
     return H, W
+
+
+def gate_router(config) -> GateRouter | None:
+    """DyDiT's gates where the config asks for them; without them a model has no trace of it."""
+    if config.dydit is None:
+        return None
+    return GateRouter(config.hidden_size, config.depth, config.num_heads)
 
 
 def attention_for(config, x: Tensor) -> str:

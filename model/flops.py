@@ -8,15 +8,21 @@ once per image (timestep embedding, adaLN, conditioning of the conv blocks) are 
 By default the sum is what the released counter gives, which leaves out the residual projection and
 elementwise work. `extras=True` adds both: `residual` gets the projection, every component its norms,
 activations, modulations, gates and skips at the rates below.
+
+Composition: closed heads and channel groups of DyDiT cost nothing (`gates`: what was open), a backbone that TeaCache
+did not run costs what the decision costs (`reused`); the routers of the one and the indicator of the other are in
+the backbone's sum. `of_output` takes both from what a model returned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 from model.errors import UserError
 
+Gates = Sequence[tuple[float, float]]  # of each block: shares of heads and of channel groups
 COMPONENTS = ("embed", "encoder", "routing", "residual", "backbone", "dechunk", "decoder", "head")
 
 # Elementwise rates: operations per element, a transcendental function counted as one.
@@ -76,16 +82,57 @@ def _routing(config, cells: int, extras: bool) -> float:
     return flops
 
 
-def _backbone(config, tokens: float, tokens_squared: float, extras: bool) -> float:
-    """The transformer blocks over M tokens an image; `tokens_squared` is the mean of M^2."""
+def block_flops(config, tokens, tokens_squared, extras: bool = False):
+    """One transformer block over M tokens an image, `tokens_squared` being the mean of M^2: FLOPs of all its heads, of
+    all its MLP channels, and of what does not depend on either. Numbers, or tensors of any shape."""
     width, mlp = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-    block = linear(tokens, width, 3 * width, extras) + linear(tokens, width, width, extras)
-    block += config.num_heads * tokens_squared * (4 * (width // config.num_heads) + 3)
-    block += linear(tokens, width, mlp, extras) + linear(tokens, mlp, width, extras)
-    block += linear(1, width, 6 * width, extras)
+    heads = linear(tokens, width, 3 * width, extras) + linear(tokens, width, width)
+    heads = heads + config.num_heads * tokens_squared * (4 * (width // config.num_heads) + 3)
+    channels = linear(tokens, width, mlp, extras) + linear(tokens, mlp, width)
+    rest = linear(1, width, 6 * width, extras)
     if extras:
-        block += tokens * (2 * width * (NORM + 2 * AFFINE) + GELU_TANH * mlp) + SILU * width
-    return config.depth * block
+        channels = channels + GELU_TANH * mlp * tokens
+        # Biases of the two layers that end in D channels, norms, adaLN and its SiLU.
+        rest = rest + 2 * width * tokens * (BIAS + NORM + 2 * AFFINE) + SILU * width
+    return heads, channels, rest
+
+
+def _backbone(config, tokens: float, tokens_squared: float, extras: bool, gates: Gates | None) -> float:
+    """The transformer blocks over M tokens an image, all of it open or, of each block, these shares."""
+    heads, channels, rest = block_flops(config, tokens, tokens_squared, extras)
+    flops = 0.0
+    if config.dydit is not None:
+        flops += linear(1, config.hidden_size, config.depth * 2 * (config.num_heads - 1), extras)
+        flops += NORM * config.hidden_size if extras else 0.0
+    if gates is None:
+        return flops + config.depth * (heads + channels + rest)
+    return flops + sum(a * heads + b * channels + rest for a, b in gates)
+
+
+def _indicator(config, cells: int, extras: bool) -> float:
+    """What TeaCache looks at before it decides: the first block's modulated input on the whole grid, and its change."""
+    width = config.hidden_size
+    flops = linear(1, width, 2 * width, extras)
+    # Norm, modulation, and per value: difference, two magnitudes, two sums.
+    return flops + (cells * width * (NORM + AFFINE + 5) + SILU * width if extras else 0.0)
+
+
+def _transform(
+    config,
+    cells: int,
+    tokens: float,
+    tokens_squared: float,
+    extras: bool,
+    gates: Gates | None,
+    reused: bool | None,
+) -> float:
+    """The backbone as it ran: with these gates, or not at all where TeaCache reused the step before."""
+    if reused is None:
+        return _backbone(config, tokens, tokens_squared, extras, gates)
+    flops = _indicator(config, cells, extras)
+    if reused:
+        return flops + (tokens * config.hidden_size if extras else 0.0)  # adding what the blocks had added
+    return flops + _backbone(config, tokens, tokens_squared, extras, gates)
 
 
 def _head(config, rows: int, width: int, outside: int, extras: bool) -> float:
@@ -104,7 +151,7 @@ def _moments(retained, default: float, cells: int) -> tuple[float, float]:
     return sum(counts) / len(counts), sum(m * m for m in counts) / len(counts)
 
 
-def _dit(config, cells: int, extras: bool) -> dict[str, float]:
+def _dit(config, cells: int, extras: bool, gates, reused) -> dict[str, float]:
     """The fixed-patch baseline: every token is in the backbone."""
     width, area = config.hidden_size, config.patch_size**2
     tokens = cells // area
@@ -112,19 +159,21 @@ def _dit(config, cells: int, extras: bool) -> dict[str, float]:
     out = area * config.in_channels * (2 if config.learn_sigma else 1)
     return {
         "embed": embed + (tokens * width if extras else 0.0),
-        "backbone": _backbone(config, tokens, tokens**2, extras),
+        "backbone": _transform(config, tokens, tokens, tokens**2, extras, gates, reused),
         "head": _head(config, tokens, width, out, extras),
     }
 
 
-def _dcdit(config, cells: int, tokens: float, tokens_squared: float, extras: bool) -> dict[str, float]:
+def _dcdit(
+    config, cells: int, tokens: float, tokens_squared: float, extras: bool, gates, reused
+) -> dict[str, float]:
     """One stage of encoder, router, backbone on M of L tokens, de-chunk, decoder."""
     width, narrow = config.hidden_size, config.hidden_size // config.enc_dec_dim_factor
     parts = {
         "embed": linear(cells, 9 * config.in_channels, narrow, extras) + _conditioning(width, extras),
         "encoder": _conv_stack(cells, [narrow] * CONV_BLOCKS + [width], width, extras),
         "routing": _routing(config, cells, extras),
-        "backbone": _backbone(config, tokens, tokens_squared, extras),
+        "backbone": _transform(config, cells, tokens, tokens_squared, extras, gates, reused),
         "dechunk": 2.0 * tokens_squared * width,
         "decoder": _conv_stack(cells, [width] + [narrow] * CONV_BLOCKS, width, extras),
         "head": _head(config, cells, narrow, config.in_channels * (2 if config.learn_sigma else 1), extras),
@@ -138,23 +187,59 @@ def _dcdit(config, cells: int, tokens: float, tokens_squared: float, extras: boo
     return parts
 
 
-def flops(config, retained: float | Sequence[int] | None = None, *, extras: bool = False) -> dict[str, float]:
+def flops(
+    config,
+    retained: float | Sequence[int] | None = None,
+    *,
+    extras: bool = False,
+    gates: Gates | None = None,
+    reused: bool | None = None,
+) -> dict[str, float]:
     """FLOPs of one forward pass per image, by component (`COMPONENTS`) and their "total".
 
     config: DCDiTConfig or DiTConfig. retained: tokens kept by the router, one mean number or the exact count
     of each image of a batch (the result is then the mean over these images: attention is quadratic, so a list
     is exact where a mean underestimates); None for L / target_ratio. A DiT keeps all its tokens and does not
-    read it. extras: see the module. Components that a model does not have are 0.
+    read it. extras: see the module. Components that a model does not have are 0. gates: of each block, the share of
+    its heads and of its channel groups that were open (None: all, as in training). reused: with TeaCache, whether the
+    backbone was left out; None without it.
 
-    Raises UserError for counts outside of 1..L.
+    Raises UserError for counts outside of 1..L, gates that are not `depth` pairs in [0, 1].
     """
     cells = config.input_size[0] * config.input_size[1]
+    if gates is not None and (
+        len(gates) != config.depth or any(not 0 <= x <= 1 for pair in gates for x in pair)
+    ):
+        raise UserError(
+            f"gates must be {config.depth} pairs (heads, channel groups) of shares, got {gates!r}"
+        )
     if hasattr(config, "patch_size"):
-        parts = _dit(config, cells, extras)
+        parts = _dit(config, cells, extras, gates, reused)
     else:
-        parts = _dcdit(config, cells, *_moments(retained, cells / config.target_ratio, cells), extras)
+        moments = _moments(retained, cells / config.target_ratio, cells)
+        parts = _dcdit(config, cells, *moments, extras, gates, reused)
     ordered = {name: float(parts.get(name, 0.0)) for name in COMPONENTS}
     return ordered | {"total": sum(ordered.values())}
+
+
+def of_output(config, output, *, extras: bool = False) -> list[dict[str, float]]:
+    """`flops` of each image of a forward pass, from what the model returned: tokens retained, gates open, backbone
+    reused. One read of the host per kind."""
+    images = len(output.sample)
+    kept = [None] * images if output.routing is None else output.routing.retained.sum(1).tolist()
+    gates = [None] * images if output.gates is None else output.gates.open.mean(-1).tolist()
+    reused = [None] * images if output.reused is None else output.reused.tolist()
+    return [
+        _of_image(config, k, None if g is None else tuple(map(tuple, g)), r, extras)
+        for k, g, r in zip(kept, gates, reused, strict=True)
+    ]
+
+
+@lru_cache(maxsize=4096)  # images of a sampling run differ in little
+def _of_image(
+    config, kept: int | None, gates: Gates | None, reused: bool | None, extras: bool
+) -> dict[str, float]:
+    return flops(config, None if kept is None else [kept], extras=extras, gates=gates, reused=reused)
 
 
 def sampling_flops(

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import Grid, at_least_float32, tokens_to_image
+from model.blocks import Grid, tokens_to_image
+from model.linear import at_least_float32
 
 SCORER_BIAS = -1.1  # where the release starts; `calibrate` puts it where the target ratio asks
 

@@ -10,7 +10,7 @@ import torch
 from model import DCDiT, DCDiTConfig, DiT, DiTConfig, preset
 from model.diffusion import make_process
 from model.errors import UserError
-from trainer.config import Config
+from trainer.config import Config, flatten
 from trainer.data import Manifest, check_batch
 from trainer.ema import ema_names
 
@@ -18,7 +18,7 @@ from trainer.ema import ema_names
 OWN_KEYS = {
     "router": "model.router", "target_ratio": "model.target_ratio", "dechunk_sigma": "model.dechunk_sigma",
     "packing": "model.packing", "capacity_factor": "model.capacity_factor", "ops_backend": "ops.backend",
-    "attention_backend": "attention.backend", "learn_sigma": "diffusion.learn_sigma",
+    "attention_backend": "attention.backend", "learn_sigma": "diffusion.learn_sigma", "dydit": "model.dydit",
 }  # fmt: skip
 
 
@@ -43,6 +43,7 @@ def model_config(config: Config, manifest: Manifest) -> DCDiTConfig | DiTConfig:
     sizes = from_data | {
         "learn_sigma": config.diffusion.kind == "gaussian" and config.diffusion.learn_sigma,
         "attention_backend": config.attention.backend,
+        "dydit": config.model.dydit,
     }
     if not _is_baseline(config):
         sizes |= {
@@ -117,6 +118,7 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     Raises:
         UserError: a change that the saved state cannot go on with.
     """
+    before = flatten(Config()) | before  # keys that came after the checkpoint have their defaults
     fixed = ("model.", "diffusion.", "train.global_batch_size", "run.seed")
     free = ("model.router_start", "model.packing", "model.capacity_factor", "diffusion.time_sampling")
     changed = [k for k in now if k in before and before[k] != now[k]]

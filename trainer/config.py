@@ -36,6 +36,7 @@ class ModelConfig:
     packing: str = "exact"
     capacity_factor: float = 1.25
     router_start: str = "calibrated"
+    dydit: float | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
 

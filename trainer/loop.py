@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from model import ops, ratio_loss
+from model import dydit, ops, ratio_loss
 from model.errors import UserError
 from trainer import checkpoint, health, randomness
 from trainer.build import (
@@ -157,8 +157,9 @@ class Trainer:
     def forward_backward(
         self, batch: dict[str, torch.Tensor], tail_drop: float, scale: float
     ) -> dict[str, torch.Tensor | int]:
-        """Loss = L_diffusion + lambda * L_ratio (DC-DiT v2 §3.5) of one micro-batch, and its gradient times
-        ``scale``. Returns the detached parts for the log; nothing is read back to the host."""
+        """Loss = L_diffusion + lambda * L_ratio (DC-DiT v2 §3.5) of one micro-batch, plus that of DyDiT's gates where
+        there are any, and its gradient times ``scale``. Returns the detached parts for the log; nothing is read back
+        to the host."""
         out, terms, _ = self.predict(self.model, batch, tail_drop)
         diffusion = terms.total.mean()
         loss, routing = diffusion, out.routing
@@ -178,6 +179,12 @@ class Trainer:
             }
             if routing.overflow is not None:
                 parts["overflow"] = routing.overflow
+        if out.gates is not None:
+            train = self.config.train
+            target = dydit.target_at(self.config.model.dydit, self.position, train.tail_drop_after)
+            budget = dydit.budget_loss(out.gates, target, train.ratio_group)
+            loss = loss + dydit.WEIGHT * budget
+            parts |= {"loss_flops": budget, "backbone_share": out.gates.spent.sum() / out.gates.full.sum()}
         self.engine.backward(loss * scale)
         return {"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}}
 

@@ -25,7 +25,10 @@ PEAK_TFLOPS = {
     "MI300X": 1307,
     "MI355": 2500,
 }
-KEYS = ("loss", "loss_diffusion", "loss_ratio", "loss_mse", "loss_vlb", "natural", "retained", "overflow")
+KEYS = (
+    "loss", "loss_diffusion", "loss_ratio", "loss_mse", "loss_vlb", "natural", "retained", "overflow", "loss_flops",
+    "backbone_share",
+)  # fmt: skip
 
 
 class StepStats:
@@ -92,6 +95,8 @@ class StepStats:
             "loss_mse": mean["loss_mse"], "loss_vlb": mean["loss_vlb"], "loss_ratio": mean["loss_ratio"],
         }  # fmt: skip
         row |= self._tokens(table, mean)
+        if self.model_config.dydit is not None:  # of the backbone's FLOPs, what the open gates cost
+            row |= {"loss_flops": mean["loss_flops"], "backbone_share": mean["backbone_share"]}
         row |= {
             "images_per_second": batch * count / seconds, "grad_norm": float(norms[-1]), "lr": self.lr,
             "tail_drop": self.rho, "seconds_data": self.seconds_data / count,
