@@ -17,7 +17,8 @@ COMMANDS = {
     "doctor": "what is installed, what will be used, and what to install for better",
     "prepare": "turn images or latents into MDS shards",
     "train": "start a run, or go on with it: the same command resumes",
-    "sample": "draw pictures from a run or a released checkpoint",
+    "sample": "draw pictures from a run or a released checkpoint: a sheet, or any number of them",
+    "sweep": "quality and compute of one checkpoint over the budget (rho), and its calibration",
     "export": "weights of any checkpoint as safetensors, averaged or raw",
     "report": "one HTML page about a run: curves, samples, router maps, FLOPs",
 }

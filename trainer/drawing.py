@@ -1,76 +1,71 @@
-"""Drawing pictures with a trained model: what `sample` and `report` share.
+"""Drawing pictures with a trained model: what `sample`, `sweep` and `report` share.
 
-Every picture has its own random stream, made from (seed, class, number within the class). So the batch size,
-the other classes asked for and the order do not change it.
+Every picture has its own random stream, made from (seed, class, number within the class). So the batch size, the
+number of processes, the other classes asked for and the order do not change it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from trainer.elastic import TailDrop
 from trainer.randomness import rng
+from trainer.sampling.source import Source, load_source, pick_device
+
+__all__ = ["Drawn", "Settings", "Source", "clipped", "draw_batch", "generate", "load_source", "pick_device"]
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to draw. rho and guidance as in DC-DiT v2 §3; `method` None is the process's own default.
 
-    `clip` holds the clean image that each step foresees within [-1, 1]. None does so for pixels, which lie
-    there, and not for latents, which do not (and where the paper does not).
+    `tail_drop`, `uncond_tail_drop`: a number or a `TailDrop`; the second is that of guidance's other branch, None
+    for the same. `guidance_interval`: noise levels (low, high) within [0, 1] that are guided, None for all.
+    `guidance_channels`: leading channels that are, None for all. `eta` belongs to ddim. `clip` holds the clean
+    image that each step foresees within [-1, 1]. None does so for pixels, which lie there, and not for latents,
+    which do not (and where the paper does not).
     """
 
     steps: int = 50
     method: str | None = None
     guidance: float = 1.0
-    tail_drop: float = 0.0
-    uncond_tail_drop: float | None = None
+    tail_drop: float | TailDrop = 0.0
+    uncond_tail_drop: float | TailDrop | None = None
     seed: int = 0
     batch: int = 16
     precision: str = "fp32"
     clip: bool | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_channels: int | None = None
+    eta: float = 0.0
 
     def clips(self, source: Source) -> bool:
         return not source.latent if self.clip is None else self.clip
 
+    def guides_at(self, time: float, process) -> bool:
+        """Whether the second branch runs at the model's time `time`."""
+        if self.guidance == 1.0:
+            return False
+        low, high = self.guidance_interval or (0.0, 1.0)
+        return self.guidance_interval is None or low <= np.float32(time) / process.num_timesteps <= high
 
-@dataclass
-class Source:
-    """A model ready to draw from, with what is known of its data."""
-
-    model: Any
-    process: Any
-    data: dict[str, Any]
-    run: dict[str, Any] = field(default_factory=dict)
-    path: Path = Path()
-
-    @property
-    def device(self):
-        return next(self.model.parameters()).device
-
-    @property
-    def num_classes(self) -> int:
-        return self.model.config.num_classes
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (self.model.config.in_channels, *self.model.config.input_size)
-
-    @property
-    def class_names(self) -> list[str]:
-        names = [str(name) for name in self.data.get("class_names") or ()]
-        return names if len(names) == self.num_classes else [str(k) for k in range(self.num_classes)]
-
-    @property
-    def latent(self) -> bool:
-        return self.data.get("kind") == "latents" or self.shape[0] not in (1, 3)
+    def record(self, source: Source) -> dict[str, Any]:
+        """For JSON: every setting, and what None stood for."""
+        values = dataclasses.asdict(self) | {
+            "method": self.method or source.process.methods[0],
+            "tail_drop": TailDrop.of(self.tail_drop).record(),
+            "clip": self.clips(source),
+        }
+        if self.uncond_tail_drop is not None:
+            values["uncond_tail_drop"] = TailDrop.of(self.uncond_tail_drop).record()
+        return values
 
 
 @dataclass
@@ -78,7 +73,8 @@ class Drawn:
     """What `generate` made: images (n, C, H, W) float32 on the CPU in model space, and what they cost.
 
     `kept`, `kept_uncond`: (n,) mean retained share over the steps (kept_uncond None without guidance, both
-    None for a model without a router). `gflops`: (n,) for all steps and both branches.
+    None for a model without a router; under autoguidance it is the guiding model's). `gflops`: (n,) for all steps
+    and both branches.
     """
 
     images: Any
@@ -88,85 +84,86 @@ class Drawn:
     seconds: float
 
 
-def load_source(path: str | Path, device: str = "auto", heads: int | None = None, sigma: float | None = None):
-    """The weights at `path` on `device`, in eval mode, with the process and data they were trained with.
-
-    `path`: a run, checkpoint or export folder, or a released .pt (then `heads` and `sigma` may be needed).
-    Raises UserError when there is nothing of the kind.
-    """
-    from model.diffusion import make_process
-    from trainer.checkpoint import find_export
-
-    path = Path(path)
-    if path.suffix == ".pt":
-        model, run = _released(path, heads, sigma), {}
-    else:
-        folder = find_export(path)
-        model, run = _exported(folder), _read_run(folder / "run.json")
-        path = folder
-    config = model.config
-    kwargs = run.get("diffusion") or {"kind": "gaussian", "learn_sigma": config.learn_sigma}
-    data = run.get("data") or {
-        "kind": "pixels" if config.in_channels in (1, 3) else "latents",
-        "scale": 0.18215,
-    }
-    model = model.to(pick_device(device)).eval().requires_grad_(False)
-    return Source(model, make_process(**kwargs), data, run, path)
-
-
 def generate(
-    source: Source, labels: Sequence[int], settings: Settings, progress: Callable[[str], None] | None = None
+    source: Source,
+    labels: Sequence[int],
+    settings: Settings,
+    progress: Callable[[str], None] | None = None,
+    guide: Source | None = None,
 ) -> Drawn:
     """Draw one picture per label.
 
     Args:
         labels: class of each picture; the k-th picture of a class is the same whatever else is asked for.
         progress: called with a line of text now and then, and with "" at the end.
+        guide: a weaker model to guide with in place of the unconditional branch (autoguidance).
     """
     import torch
 
-    started, say, counts = time.monotonic(), progress or (lambda text: None), _Counter(source.model.config)
-    keys = _stream_keys(labels)
-    images, kept, kept_uncond, gflops = [], [], [], []
+    started, say = time.monotonic(), progress or (lambda text: None)
+    keys, places = stream_keys(labels), range(len(labels))
+    parts = []
     for first in range(0, len(labels), settings.batch):
-        chunk = labels[first : first + settings.batch]
-        counts.reset(len(chunk))
-        images.append(
-            _draw(source, counts, chunk, keys[first : first + settings.batch], settings,
-                  _step_reporter(say, first, len(chunk), len(labels), settings.steps, started))
-        )  # fmt: skip
-        kept.append(counts.mean_share(0))
-        kept_uncond.append(counts.mean_share(1))
-        gflops.append(counts.gflops())
+        piece = slice(first, first + settings.batch)
+        report = _step_reporter(say, first, len(labels[piece]), len(labels), settings.steps, started)
+        parts.append(draw_batch(source, keys[piece], places[piece], settings, report, guide))
     say("")
     return Drawn(
-        torch.cat(images), _join(kept), _join(kept_uncond), np.concatenate(gflops), time.monotonic() - started
+        torch.cat([part.images for part in parts]),
+        _join([part.kept for part in parts]),
+        _join([part.kept_uncond for part in parts]),
+        np.concatenate([part.gflops for part in parts]),
+        time.monotonic() - started,
     )
 
 
-def _draw(source: Source, counts, labels, keys, settings: Settings, on_step):
-    """One batch. The starting noise is stream 0 of each picture, the noise of step i stream i + 1."""
+def draw_batch(
+    source: Source,
+    keys: Sequence[tuple[int, int]],
+    places: Sequence[int],
+    settings: Settings,
+    on_step: Callable | None = None,
+    guide: Source | None = None,
+) -> Drawn:
+    """One batch: pictures of these (class, number within the class), the `places`-th of all that are asked for.
+
+    The starting noise is stream 0 of each picture, the noise of step i stream i + 1. `on_step` as in
+    `Process.sample`.
+    """
     import torch
 
     from model.diffusion import guided
 
-    device, shape = source.device, source.shape
-    drop = dict(tail_drop=settings.tail_drop, uncond_tail_drop=settings.uncond_tail_drop)
-    y = torch.tensor(list(labels), dtype=torch.int64, device=device)
-    model_fn = guided(source.model, y, settings.guidance, on_output=counts, **drop)
+    started = time.monotonic()
+    device, shape, process = source.device, source.shape, source.process
+    counts = Counter(source.model.config, len(keys))
+    counts_guide = Counter(guide.model.config, len(keys)) if guide else None
+    y = torch.tensor([label for label, _ in keys], dtype=torch.int64, device=device)
+    other = settings.uncond_tail_drop
+    model_fn = guided(
+        source.model, y, settings.guidance,
+        tail_drop=TailDrop.of(settings.tail_drop).for_images(places, device),
+        uncond_tail_drop=None if other is None else TailDrop.of(other).for_images(places, device),
+        channels=settings.guidance_channels, interval=settings.guidance_interval,
+        time_scale=process.num_timesteps, on_output=counts,
+        guide=guide.model if guide else None, on_guide=counts_guide,
+    )  # fmt: skip
     if settings.clips(source):
-        model_fn = clipped(source.process, model_fn)
+        model_fn = clipped(process, model_fn)
 
     def noise(stream: int):
         rows = [_normal(settings.seed, key, stream, shape) for key in keys]
         return torch.from_numpy(np.stack(rows)).to(device)
 
-    with torch.no_grad(), _autocast(device, settings.precision):
-        out = source.process.sample(
-            model_fn, noise(0), settings.steps, method=settings.method,
+    with torch.no_grad(), autocast(device, settings.precision):
+        images = process.sample(
+            model_fn, noise(0), settings.steps, method=settings.method, eta=settings.eta,
             step_noise=lambda i: noise(i + 1), on_step=on_step,
         )  # fmt: skip
-    return out.float().cpu()
+    gflops, kept_uncond = counts.gflops(), counts.mean_share(1)
+    if counts_guide is not None:
+        gflops, kept_uncond = gflops + counts_guide.gflops(), counts_guide.mean_share(0)
+    return Drawn(images.float().cpu(), counts.mean_share(0), kept_uncond, gflops, time.monotonic() - started)
 
 
 def clipped(process, model_fn):
@@ -194,17 +191,13 @@ def clipped(process, model_fn):
     return moved
 
 
-class _Counter:
-    """Listens to every call of the model and keeps how many tokens each picture retained, by branch."""
+class Counter:
+    """Listens to every call of a model and keeps how many tokens each picture retained, by branch."""
 
-    def __init__(self, config) -> None:
-        self.config = config
+    def __init__(self, config, pictures: int) -> None:
+        self.config, self.pictures = config, pictures
         self.length = config.input_size[0] * config.input_size[1]
         self.routed = True
-        self.reset(0)
-
-    def reset(self, pictures: int) -> None:
-        self.pictures = pictures
         self.calls: tuple[list, list] = [], []
 
     def __call__(self, output) -> None:
@@ -235,56 +228,8 @@ class _Counter:
         return total
 
 
-def pick_device(name: str):
-    """`auto` is the GPU where there is one. Raises UserError for a device that is not there."""
-    import torch
-
-    from model.errors import UserError
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device: {name} is not available here; use auto or cpu") from None
-    return device
-
-
-def _released(path: Path, heads: int | None, sigma: float | None):
-    """A published DC-DiT or DiT file; the tensors' names tell which."""
-    from model.errors import UserError
-    from model.weights import load_dit, load_released
-
-    if not path.is_file():
-        raise UserError(f"--checkpoint: no such file {path}")
-    try:
-        try:
-            return load_dit(path, heads=heads)
-        except UserError as error:
-            if "load_released" not in str(error):
-                raise
-        return load_released(path, heads=heads, dechunk_sigma=sigma)
-    except UserError as error:  # the reader speaks of its arguments, here they are flags
-        words = (
-            str(error).replace("give heads=", "give --heads").replace("give dechunk_sigma=", "give --sigma")
-        )
-        raise UserError(words) from None
-
-
-def _exported(folder: Path):
-    import model
-    from model.pretrained import model_class
-
-    return getattr(model, model_class(folder)).from_pretrained(folder)
-
-
-def _read_run(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def _stream_keys(labels: Sequence[int]) -> list[tuple[int, int]]:
-    """(label, number within the label) of each picture."""
+def stream_keys(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """(label, number within the label) of each picture: what its random stream is made of."""
     seen: dict[int, int] = {}
     keys = []
     for label in labels:
@@ -298,7 +243,7 @@ def _normal(seed: int, key: tuple[int, int], stream: int, shape: tuple[int, ...]
     return rng(seed, "sample", *key, stream).standard_normal(shape, np.float32)
 
 
-def _autocast(device, precision: str):
+def autocast(device, precision: str):
     import torch
 
     if precision == "bf16":

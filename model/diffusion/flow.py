@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model.diffusion import samplers
+from model.diffusion import samplers, solvers
 from model.diffusion.process import LossTerms, Process, check_count, mean_per_image, spread, work_dtype
 from model.errors import UserError
 
@@ -17,7 +17,7 @@ class FlowMatching(Process):
     """
 
     kind = "flow"
-    methods = ("euler", "heun")
+    methods = ("euler", "heun", *solvers.SOLVERS)
 
     def __init__(
         self, num_timesteps: int = 1000, learn_sigma: bool = True, time_sampling: str = "uniform"
@@ -64,4 +64,10 @@ class FlowMatching(Process):
             times = torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
             return self.split(model_fn(x, self.model_time(times)).to(x.dtype), x.shape[1])
 
+        if method in solvers.SOLVERS:
+            scheduler = solvers.flow_scheduler(method, self.num_timesteps, steps)
+            times = scheduler.sigmas[:-1].tolist()  # its timesteps are rounded down to whole ones
+            return solvers.solve(
+                predict, x, scheduler, times, lambda x, v, t: x - t * v, method, step_noise, on_step
+            )
         return (samplers.euler if method == "euler" else samplers.heun)(predict, x, steps, on_step)

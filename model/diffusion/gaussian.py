@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model.diffusion import samplers
+from model.diffusion import samplers, solvers
 from model.diffusion.process import (
     LossTerms,
     Process,
@@ -126,7 +126,7 @@ class GaussianDiffusion(Process):
     """
 
     kind = "gaussian"
-    methods = ("ddpm", "ddim")
+    methods = ("ddpm", "ddim", *solvers.SOLVERS)
 
     def __init__(
         self,
@@ -217,11 +217,20 @@ class GaussianDiffusion(Process):
         return mean_per_image(terms) / math.log(2.0)
 
     def _run(self, model_fn, x, steps, method, eta, step_noise, on_step):
-        schedule = self.schedule.respaced(steps)
         predict = functools.partial(self._predict, model_fn)
+        if method in solvers.SOLVERS:
+            scheduler = solvers.gaussian_scheduler(method, self.schedule, steps)
+            return solvers.solve(
+                lambda x, t: predict(x, t)[0], x, scheduler, scheduler.timesteps.tolist(), self._foresee, method,
+                step_noise, on_step,
+            )  # fmt: skip
+        schedule = self.schedule.respaced(steps)
         if method == "ddpm":
             return samplers.ddpm(predict, x, schedule, step_noise, on_step)
         return samplers.ddim(predict, x, schedule, eta, step_noise, on_step)
+
+    def _foresee(self, x: torch.Tensor, epsilon: torch.Tensor, step: int) -> torch.Tensor:
+        return samplers.predict_x0(x, epsilon, self.schedule.abar[step].item())
 
     def _predict(self, model_fn, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The model at one original step for the whole batch -> epsilon, v in the dtype of x."""

@@ -24,7 +24,7 @@ def respaced_timesteps(num_timesteps: int, steps: int) -> list[int]:
     return [round(Fraction(i * (num_timesteps - 1), steps - 1)) for i in range(steps)]
 
 
-def _draw(step_noise, i: int, x: torch.Tensor) -> torch.Tensor:
+def draw_noise(step_noise, i: int, x: torch.Tensor) -> torch.Tensor:
     """The N(0, 1) tensor of step i."""
     if step_noise is None:
         return torch.randn_like(x)
@@ -34,7 +34,7 @@ def _draw(step_noise, i: int, x: torch.Tensor) -> torch.Tensor:
     return noise.to(device=x.device, dtype=x.dtype)
 
 
-def _predict_x0(x: torch.Tensor, epsilon: torch.Tensor, abar: float) -> torch.Tensor:
+def predict_x0(x: torch.Tensor, epsilon: torch.Tensor, abar: float) -> torch.Tensor:
     """x0 from epsilon; not clipped."""
     return (x - math.sqrt(1.0 - abar) * epsilon) / math.sqrt(abar)
 
@@ -50,7 +50,7 @@ def ddpm(predict, x: torch.Tensor, schedule, step_noise=None, on_step=None) -> t
         beta, abar = schedule.betas[k].item(), schedule.abar[k].item()
         epsilon, v = predict(x, schedule.timesteps[k])
         if on_step is not None:
-            on_step(i, steps, schedule.timesteps[k], x, _predict_x0(x, epsilon, abar))
+            on_step(i, steps, schedule.timesteps[k], x, predict_x0(x, epsilon, abar))
         # The posterior mean at x0_hat, written in epsilon: at the start x0_hat itself is 160 times as
         # sensitive.
         x = (x - beta / math.sqrt(1.0 - abar) * epsilon) / math.sqrt(1.0 - beta)
@@ -61,7 +61,7 @@ def ddpm(predict, x: torch.Tensor, schedule, step_noise=None, on_step=None) -> t
         else:
             log_var_min, log_var_range = schedule.log_var_min[k].item(), schedule.log_var_range[k].item()
             std = torch.exp(0.5 * log_var_min + 0.25 * log_var_range * (v + 1.0))
-        x = x + std * _draw(step_noise, i, x)
+        x = x + std * draw_noise(step_noise, i, x)
     return x
 
 
@@ -71,13 +71,13 @@ def ddim(predict, x: torch.Tensor, schedule, eta: float = 0.0, step_noise=None, 
     for i, k in enumerate(reversed(range(steps))):
         abar, abar_prev = schedule.abar[k].item(), schedule.abar_prev[k].item()
         epsilon, _ = predict(x, schedule.timesteps[k])
-        x0_hat = _predict_x0(x, epsilon, abar)
+        x0_hat = predict_x0(x, epsilon, abar)
         if on_step is not None:
             on_step(i, steps, schedule.timesteps[k], x, x0_hat)
         variance = eta**2 * (1.0 - abar_prev) / (1.0 - abar) * (1.0 - abar / abar_prev)
         x = math.sqrt(abar_prev) * x0_hat + math.sqrt(max(0.0, 1.0 - abar_prev - variance)) * epsilon
         if variance > 0.0:
-            x = x + math.sqrt(variance) * _draw(step_noise, i, x)
+            x = x + math.sqrt(variance) * draw_noise(step_noise, i, x)
     return x
 
 

@@ -197,7 +197,7 @@ def test_published_dit_is_told_apart_and_its_missing_heads_named_as_a_flag(tmp_p
         (["--per-class", "0"], "--per-class: must be at least 1"),
         (["--tail-drop", "1.5"], "--tail-drop: must be between 0 and 1"),
         (["--uncond-tail-drop", "-0.1"], "--uncond-tail-drop: must be between 0 and 1"),
-        (["--method", "heun"], "use ddpm or ddim"),
+        (["--method", "heun"], "does not fit a model of gaussian diffusion"),
         (["--seed", "-3"], "--seed"),
         (["--to", "a.jpg"], "should end in .png"),
         (["--device", "cuda:77"], "--device: cuda:77 is not available here"),

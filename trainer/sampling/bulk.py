@@ -1,0 +1,234 @@
+"""Any number of pictures, by any number of processes, each picture a function of (seed, class, its number).
+
+What is missing is cut into batches; in each round every process draws one. Signals are polled in all processes
+together, so that all of them leave the same batch, and the same command goes on with what is missing then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.errors import UserError
+from trainer.data.source import file_hash
+from trainer.drawing import Drawn, draw_batch, stream_keys
+from trainer.elastic import amount, with_budget
+from trainer.parallel import World, close_world, open_world
+from trainer.randomness import rng
+from trainer.sampling.arguments import load_guide, parse_classes, settings_from
+from trainer.sampling.decode import load_vae, to_pictures
+from trainer.sampling.progress import Line, clock
+from trainer.sampling.source import Source, load_source, pick_device
+from trainer.sampling.store import Store
+from trainer.signals import EXIT_OK, EXIT_STOPPED, StopFlag
+
+POLL = 8  # steps between two looks at whether some process was signalled
+
+
+class _Stopped(Exception):
+    """Some process was signalled; raised in all of them at the same step."""
+
+
+def draw_many(args: argparse.Namespace) -> int:
+    """`dcdit sample --num N --to DIR`; returns the exit status: 0 complete, 75 stopped by a signal."""
+    kind, _, number = args.device.partition(":")
+    pick_device(args.device)
+    world = open_world(timeout_minutes=60, device=kind)
+    if number and world.size > 1:
+        raise UserError(
+            f"--device: {args.device} is one device, but there are {world.size} processes; use {kind}"
+        )
+    stop = StopFlag()
+    try:
+        device = args.device if number else str(world.device)
+        complete = Bulk(args, world, stop, device).run()
+        if not complete and world.main:
+            print(
+                f"stopped by {stop.received or 'a signal'}: the same command goes on: {args.to}", flush=True
+            )
+    finally:
+        stop.restore()
+        close_world()
+    return EXIT_OK if complete else EXIT_STOPPED
+
+
+class Bulk:
+    """One attempt at the pictures of `args`."""
+
+    def __init__(self, args: argparse.Namespace, world: World, stop: StopFlag, device: str) -> None:
+        self.args, self.world, self.stop = args, world, stop
+        self.source = load_source(args.checkpoint, device, args.heads, args.sigma)
+        self.guide = load_guide(args, self.source, device)
+        self.settings, self.budget = settings_from(args, self.source), None
+        if args.budget is not None:
+            self.settings, self.budget = with_budget(args.budget, self.settings, self.source, self.guide)
+        self.vae = load_vae(args.vae, self.source.device) if args.vae else None
+        if self.source.latent and self.vae is None:
+            raise UserError(
+                "--vae: this model draws latents; give the folder of the AutoencoderKL that decodes them"
+            )
+        self.labels = choose_labels(args.classes, args.num, self.source, args.seed)
+        self.keys = stream_keys(self.labels.tolist())
+        self.store = Store(Path(args.to), args.format or "png", args.num, args.shard)
+        self.line = Line()
+
+    def run(self) -> bool:
+        """Draw what is missing. True when everything is there, False when a signal came before."""
+        world, record = self.world, self._record()
+        with _writing(self.args.to):
+            done = world.broadcast(_attempt(lambda: self.store.begin(record)) if world.main else None)
+        if isinstance(done, UserError):
+            raise done
+        if done:
+            if world.main:
+                print(f"already complete: {self.args.to}", flush=True)
+            return True
+        missing = world.broadcast(self.store.missing() if world.main else None)
+        with _writing(self.args.to):
+            if not self._draw(missing) or not self._finish(record):
+                return False
+        return True
+
+    def _draw(self, missing: np.ndarray) -> bool:
+        """Rounds over the missing pictures; False when a signal came."""
+        world, size = self.world, self.settings.batch
+        batches = [missing[i : i + size] for i in range(0, len(missing), size)]
+        self.started, self.before = time.monotonic(), self.args.num - len(missing)
+        for first in range(0, len(batches), world.size):
+            mine = batches[first + world.rank] if first + world.rank < len(batches) else None
+            drawn_before = sum(len(batch) for batch in batches[:first])
+            now = sum(len(batch) for batch in batches[first : first + world.size])
+            try:
+                self._batch(mine, drawn_before, now)
+            except _Stopped:
+                return False
+            if self.stop.agreed(world):
+                return False
+        self.line.show("")
+        return True
+
+    def _batch(self, places: np.ndarray | None, drawn_before: int, now: int) -> None:
+        def on_step(i: int, *rest) -> None:
+            if self.world.main:
+                self._say(drawn_before + now * i / self.settings.steps, i)
+            if i % POLL == POLL - 1 and self.stop.agreed(self.world):
+                raise _Stopped
+
+        if places is None:  # fewer batches than processes are left: poll along
+            for i in range(self.settings.steps):
+                on_step(i)
+            return
+        keys = [self.keys[place] for place in places]
+        drawn = draw_batch(self.source, keys, places.tolist(), self.settings, on_step, self.guide)
+        shots, _ = to_pictures(self.source, drawn.images, self.vae, self.args.vae_batch)
+        self.store.add(places.tolist(), self.labels[places], np.stack(shots), _stats(drawn))
+
+    def _finish(self, record: dict[str, Any]) -> bool:
+        """Tars, npz or list of labels, and the record; False when a signal came."""
+        world, store = self.world, self.store
+        world.barrier()  # every finished batch is on the disk
+        noticed = lambda: self.stop.received is not None  # noqa: E731
+        entries = store.assemble(self.labels, self.source.class_names, world.rank, world.size, noticed)
+        every = [entry for part in world.gather(entries) for entry in part]
+        if self.stop.agreed(world):
+            return False
+        if world.main:
+            results = self._results(store.table())
+            store.seal(every, record | results)
+            kept = results["retained_share"]
+            share = "" if kept is None else f"{kept:.1%} of the tokens kept, "
+            print(
+                f"{self.args.num} pictures, {share}{amount(results['gflops_per_image'])} each: {self.args.to}",
+                flush=True,
+            )
+        world.barrier()
+        return True
+
+    def _record(self) -> dict[str, Any]:
+        """What the pictures are a function of, and some more. Every process calls it."""
+        source, args = self.source, self.args
+        return {
+            "checkpoint": str(source.path), "weights": self.world.broadcast(self._digest(source)),
+            "images_seen": source.run.get("images"), "num": args.num, "classes": args.classes,
+            "format": self.store.format, "shard": args.shard, **self.settings.record(source),
+            "autoguidance": self.world.broadcast(self._digest(self.guide)) if self.guide else None,
+            "vae": args.vae, "vae_batch": args.vae_batch,
+            "picture": "pixels" if self.vae is None else "decoded latents",
+            "budget": self.budget, "device": self.source.device.type, "processes": self.world.size,
+            "torch": torch.__version__,
+        }  # fmt: skip
+
+    def _digest(self, source: Source) -> str | None:
+        """Of the file of the weights, so that a folder moved is the same and a run trained on is not."""
+        if not self.world.main:
+            return None
+        from model.pretrained import WEIGHTS
+
+        file = source.path if source.path.is_file() else source.path / WEIGHTS
+        return file_hash("blake2b", str(file))[:32]
+
+    def _results(self, table: dict[str, np.ndarray]) -> dict[str, Any]:
+        def mean(name: str) -> float | None:
+            value = float(table[name].mean())
+            return None if np.isnan(value) else round(value, 6)
+
+        return {
+            "retained_share": mean("kept"), "retained_share_unconditional": mean("kept_uncond"),
+            "gflops_per_image": mean("gflops"), "tflops_total": round(float(table["gflops"].sum()) / 1000, 3),
+            "device_seconds_per_image": mean("seconds"),
+        }  # fmt: skip
+
+    def _say(self, drawn: float, step: int) -> None:
+        done = self.before + drawn
+        speed = drawn / max(time.monotonic() - self.started, 1e-6)
+        left = f"  left {clock((self.args.num - done) / speed)}" if drawn else ""
+        self.line.show(
+            f"{int(done):,} of {self.args.num:,}  step {step + 1}/{self.settings.steps}  {speed:.3g} pictures/s{left}"
+        )
+
+
+def choose_labels(text: str, num: int, source: Source, seed: int) -> np.ndarray:
+    """The class of each of `num` pictures, int64: the asked ones in turn (as balanced as `num` allows), or drawn.
+
+    Raises UserError for classes that are not there.
+    """
+    if text.strip() == "random":
+        return rng(seed, "sample_label").integers(source.num_classes, size=num)
+    asked = parse_classes(text, source.class_names)
+    return np.resize(np.array(asked, np.int64), num)
+
+
+def _stats(drawn: Drawn) -> dict[str, np.ndarray]:
+    count = len(drawn.gflops)
+    nothing = np.full(count, np.nan)
+    return {
+        "gflops": drawn.gflops,
+        "kept": nothing if drawn.kept is None else drawn.kept,
+        "kept_uncond": nothing if drawn.kept_uncond is None else drawn.kept_uncond,
+        "seconds": np.full(count, drawn.seconds / count),
+    }
+
+
+def _attempt(work) -> Any:
+    """What `work` returns, or the UserError it raises: for rank 0 to share with the others."""
+    try:
+        return work()
+    except UserError as error:
+        return error
+
+
+@contextmanager
+def _writing(folder: str):
+    """A disk that is full or may not be written is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--to: cannot write to {folder}: {error.strerror or error}; mend that and run the same command again"
+        ) from None

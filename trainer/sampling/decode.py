@@ -1,0 +1,60 @@
+"""From the model's space to pictures that can be looked at and measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from model.errors import UserError
+
+if TYPE_CHECKING:  # torch is not needed to know the names
+    from trainer.sampling.source import Source
+
+LATENT_NOTE = "false colours of the VAE's latents, not photographs"
+DECODED_NOTE = "photographs decoded from latents"
+
+
+def load_vae(path: str, device):
+    """The diffusers AutoencoderKL in `path`, in eval mode.
+
+    Raises:
+        UserError: diffusers is not installed, or the folder holds no such model.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise UserError('--vae: diffusers is not installed; pip install -e ".[vae]"') from None
+    try:
+        return AutoencoderKL.from_pretrained(path).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--vae: {path} does not load as an AutoencoderKL: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def to_pictures(source: Source, images, vae=None, batch: int = 8) -> tuple[list[np.ndarray], str]:
+    """(n, C, H, W) in model space to n uint8 (H, W, 3) pictures, and what kind of picture they are.
+
+    batch: latents decoded at once; a VAE's decoder takes far more memory than the model.
+    """
+    from trainer import pictures
+
+    if vae is not None:
+        decoded = decode(vae, images, float(source.data.get("scale") or 0.18215), batch)
+        return [pictures.to_uint8(one) for one in decoded], DECODED_NOTE
+    if source.latent:
+        return list(pictures.false_colour(images)), LATENT_NOTE
+    return list(pictures.show(images)), "pixels"
+
+
+def decode(vae, latents, scale: float, batch: int = 8):
+    """Latents (n, C, h, w) in model space to pixels (n, 3, H, W) float32 on the CPU, in [-1, 1] or a little out."""
+    import torch
+
+    with torch.no_grad():
+        pieces = [
+            vae.decode(piece.to(vae.device, vae.dtype) / scale).sample.float().cpu()
+            for piece in latents.split(batch)
+        ]
+    return torch.cat(pieces)

@@ -1,0 +1,71 @@
+"""The labelled sheet: a few pictures side by side, and a JSON file with everything needed to draw it again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer import pictures
+from trainer.elastic import TailDrop
+from trainer.sampling.decode import LATENT_NOTE
+
+if TYPE_CHECKING:
+    from trainer.drawing import Drawn, Settings
+    from trainer.sampling.source import Source
+
+
+def write_sheet(
+    target: Path, shots: Sequence[np.ndarray], kind: str, source: Source, labels: Sequence[int], record: dict[str, Any],
+    per_class: int,
+) -> None:  # fmt: skip
+    """The sheet of `shots` (H, W, 3) uint8 at `target`, and `record` as JSON beside it."""
+    names = source.class_names
+    title = LATENT_NOTE if kind == LATENT_NOTE else ""
+    # Pictures of one class stay side by side, in rows of whole classes.
+    columns = per_class * max(1, math.isqrt(len(shots)) // per_class) if per_class > 1 else None
+    sheet = pictures.grid(shots, [names[label] for label in labels], columns=columns, title=title)
+    pictures.save_png(sheet, target)
+    target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def sheet_record(
+    source: Source, labels: Sequence[int], settings: Settings, drawn: Drawn, kind: str
+) -> dict[str, Any]:
+    """What is worth knowing of a sheet."""
+    return {
+        "checkpoint": str(source.path),
+        "images_seen": source.run.get("images"),
+        "picture": kind,
+        "classes": list(labels),
+        "class_names": [source.class_names[label] for label in labels],
+        **settings.record(source),
+        "device": str(source.device),
+        "retained_share": _mean(drawn.kept),
+        "retained_share_unconditional": _mean(drawn.kept_uncond),
+        "retained_share_each": None if drawn.kept is None else [round(float(s), 5) for s in drawn.kept],
+        "gflops_per_picture": round(float(drawn.gflops.mean()), 4),
+        "seconds": round(drawn.seconds, 2),
+    }
+
+
+def sheet_target(asked: str | None, source: Source, settings: Settings) -> Path:
+    """Where the sheet goes: as asked, else samples/ in the run's folder, named after the settings."""
+    if asked:
+        return Path(asked) if Path(asked).suffix else Path(asked + ".png")
+    drop = str(TailDrop.of(settings.tail_drop)).replace(":", "-")
+    parts = [f"{settings.steps}steps", f"drop{drop}", f"seed{settings.seed}"]
+    if settings.guidance != 1:
+        parts.insert(1, f"guidance{settings.guidance:g}")
+    run = next((p.parent for p in source.path.parents if p.name == "checkpoints"), None)
+    if run is None:
+        return Path("samples") / f"{source.path.stem}-{'-'.join(parts)}.png"
+    return run / "samples" / f"{int(source.run.get('images', 0)):012d}-{'-'.join(parts)}.png"
+
+
+def _mean(values: np.ndarray | None) -> float | None:
+    return None if values is None else round(float(values.mean()), 5)

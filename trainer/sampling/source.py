@@ -1,0 +1,114 @@
+"""A trained model ready to sample from: weights, noise process, and what is known of its data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Source:
+    """A model ready to draw from, with what is known of its data."""
+
+    model: Any
+    process: Any
+    data: dict[str, Any]
+    run: dict[str, Any] = field(default_factory=dict)
+    path: Path = Path()
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.config.num_classes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.model.config.in_channels, *self.model.config.input_size)
+
+    @property
+    def class_names(self) -> list[str]:
+        names = [str(name) for name in self.data.get("class_names") or ()]
+        return names if len(names) == self.num_classes else [str(k) for k in range(self.num_classes)]
+
+    @property
+    def latent(self) -> bool:
+        return self.data.get("kind") == "latents" or self.shape[0] not in (1, 3)
+
+
+def load_source(path: str | Path, device: str = "auto", heads: int | None = None, sigma: float | None = None):
+    """The weights at `path` on `device`, in eval mode, with the process and data they were trained with.
+
+    `path`: a run, checkpoint or export folder, or a released .pt (then `heads` and `sigma` may be needed).
+    Raises UserError when there is nothing of the kind.
+    """
+    from model.diffusion import make_process
+    from trainer.checkpoint import find_export
+
+    path = Path(path)
+    if path.suffix == ".pt":
+        model, run = _released(path, heads, sigma), {}
+    else:
+        folder = find_export(path)
+        model, run = _exported(folder), _read_run(folder / "run.json")
+        path = folder
+    config = model.config
+    kwargs = run.get("diffusion") or {"kind": "gaussian", "learn_sigma": config.learn_sigma}
+    data = run.get("data") or {
+        "kind": "pixels" if config.in_channels in (1, 3) else "latents",
+        "scale": 0.18215,
+    }
+    model = model.to(pick_device(device)).eval().requires_grad_(False)
+    return Source(model, make_process(**kwargs), data, run, path)
+
+
+def pick_device(name: str):
+    """`auto` is the GPU where there is one. Raises UserError for a device that is not there."""
+    import torch
+
+    from model.errors import UserError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device: {name} is not available here; use auto or cpu") from None
+    return device
+
+
+def _released(path: Path, heads: int | None, sigma: float | None):
+    """A published DC-DiT or DiT file; the tensors' names tell which."""
+    from model.errors import UserError
+    from model.weights import load_dit, load_released
+
+    if not path.is_file():
+        raise UserError(f"--checkpoint: no such file {path}")
+    try:
+        try:
+            return load_dit(path, heads=heads)
+        except UserError as error:
+            if "load_released" not in str(error):
+                raise
+        return load_released(path, heads=heads, dechunk_sigma=sigma)
+    except UserError as error:  # the reader speaks of its arguments, here they are flags
+        words = (
+            str(error).replace("give heads=", "give --heads").replace("give dechunk_sigma=", "give --sigma")
+        )
+        raise UserError(words) from None
+
+
+def _exported(folder: Path):
+    import model
+    from model.pretrained import model_class
+
+    return getattr(model, model_class(folder)).from_pretrained(folder)
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}

@@ -1,0 +1,368 @@
+"""`dcdit sweep`: what a checkpoint gives for less compute, over rho; and the calibration that `--budget` needs.
+
+    dcdit sweep --checkpoint runs/demo --num 256 --steps 50       # elastic.json, elastic.md, elastic.svg in the run
+    torchrun --nproc_per_node=8 trainer/sweep.py --checkpoint runs/b --num 10000 --features inception
+    dcdit sweep --checkpoint runs/demo --calibrate                # calibration.json beside the weights, nothing else
+
+Quality is the Frechet distance between features of pictures drawn and of held-out ones, and the held-out error at
+each rho. Distances of few pictures are biased upwards; those of one sweep compare with each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from model.errors import UserError
+from trainer.elastic import BINS, Calibration, TailDrop, has_router
+from trainer.sampling.arguments import add_model_flags, add_sampler_flags, check, load_guide, settings_from
+
+RHOS = "0,0.1,0.2,0.3,0.4,0.5,0.6"
+CALIBRATION_IMAGES = 1024  # forward passes for the calibration, and as many of the null class
+RESULT = "elastic"
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    from trainer.parallel.world import rank_and_size
+
+    rank = rank_and_size()[0]
+    try:
+        check(args)
+        return run(args)
+    except UserError:
+        if rank:  # mostly the same on every rank: rank 0 says it, and that ends the others
+            time.sleep(15)
+        raise
+
+
+def parser() -> argparse.ArgumentParser:
+    text = argparse.ArgumentParser(
+        prog="dcdit sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_flags(text)
+    add_sampler_flags(text, rho=False)
+    add = text.add_argument_group("sweep").add_argument
+    add("--tail-drop", default=RHOS, metavar="R,R,..", help=f"the rhos to try (default: {RHOS})")
+    add("--num", type=int, default=256, metavar="N", help="pictures to draw at each rho (default: 256)")
+    add("--features", choices=("offline", "inception", "dinov2", "none"), default="offline",
+        help="of the Frechet distance; none: held-out error alone (default: offline, needs no download)")  # fmt: skip
+    add("--features-path", metavar="PATH", help="weights of the features, as `dcdit evaluate` takes them")
+    add("--data", metavar="DIR", help="prepared data with held-out images (default: the run's own)")
+    add("--heldout", type=int, default=1024, metavar="N", help="held-out images to use (default: 1024)")
+    add(
+        "--calibrate", action="store_true", help="write calibration.json beside the weights, and nothing else"
+    )
+    add("--to", metavar="DIR", help="for elastic.json, .md and .svg (default: the run's folder)")
+    return text
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; returns the exit status."""
+    from trainer.parallel import close_world, open_world
+    from trainer.sampling.source import load_source, pick_device
+
+    rhos = TailDrop.parse(args.tail_drop)
+    if rhos.starts:
+        raise UserError(
+            f"--tail-drop: a sweep takes a list of numbers such as {RHOS}, got {args.tail_drop!r}"
+        )
+    pick_device(args.device)
+    world = open_world(timeout_minutes=60, device=args.device.partition(":")[0])
+    try:
+        device = args.device if ":" in args.device else str(world.device)
+        source = load_source(args.checkpoint, device, args.heads, args.sigma)
+        if not has_router(source):
+            raise UserError("--checkpoint: this model has no router, so there is no rho to sweep")
+        sweep = Sweep(args, source, load_guide(args, source, device), world)
+        sweep.calibrate()
+        if not args.calibrate:
+            sweep.run(rhos.values)
+    finally:
+        close_world()
+    return 0
+
+
+class Sweep:
+    """One sweep, by all processes of `world` together."""
+
+    def __init__(self, args: argparse.Namespace, source: Any, guide: Any, world: Any) -> None:
+        from trainer.sampling.progress import Line
+
+        self.args, self.source, self.guide, self.world = args, source, guide, world
+        self.settings = dataclasses.replace(settings_from(args, source), uncond_tail_drop=None)
+        self.other = settings_from(args, source).uncond_tail_drop
+        self.data = open_heldout(source, args.data, args.checkpoint)
+        self.line = Line()
+
+    def calibrate(self) -> None:
+        """Write calibration.json beside the weights: the router's natural tokens by noise level."""
+        calibration = measure(self.source, self._heldout, self.world, self._autocast, self._say)
+        if not self.world.main:
+            return
+        try:
+            file = calibration.write(self.source.path)
+        except OSError as error:
+            raise UserError(f"--checkpoint: cannot write a calibration beside it: {error.strerror}") from None
+        self._say("")
+        mean = calibration.conditional[0]
+        print(f"calibration: {mean.mean():.1%} of the tokens, {mean[0]:.1%} at clean and {mean[-1]:.1%} at noisy "
+              f"timesteps: {file}", flush=True)  # fmt: skip
+
+    def run(self, rhos: tuple[float, ...]) -> None:
+        """The curve, written after every point."""
+        features, real = self._real()
+        rows: list[dict[str, Any]] = []
+        for rho in rhos:
+            row, seen = self._draw(rho, features)
+            if features is not None:
+                from trainer.evaluation.frechet import frechet_distance
+
+                row["frechet"] = round(frechet_distance(real.mean, real.cov, seen.mean, seen.cov), 6)
+            row["heldout_mse"] = self._error(rho)
+            rows.append(row)
+            if self.world.main:
+                self._say("")
+                self._write(rows, None if features is None else features.name)
+                if rho == rhos[0]:
+                    print("\n".join(table(rows)[:2]))
+                print(table(rows)[-1], flush=True)
+        if self.world.main:
+            print(f"elastic curve: {self._folder() / RESULT}.json, .md, .svg")
+
+    def _draw(self, rho: float, features: Any) -> tuple[dict[str, Any], Any]:
+        """Pictures at `rho`: a row of the curve without its quality, and the moments of their features."""
+        from trainer.drawing import draw_batch, stream_keys
+        from trainer.evaluation.frechet import Moments
+        from trainer.sampling.decode import to_pictures
+
+        args, world = self.args, self.world
+        keys = stream_keys([i % self.source.num_classes for i in range(args.num)])
+        settings = dataclasses.replace(self.settings, tail_drop=rho, uncond_tail_drop=self.other)
+        seen = Moments(features.dim) if features is not None else None
+        kept, gflops, seconds = [], [], 0.0
+        for first in range(world.rank * args.batch, args.num, world.size * args.batch):
+            self._say(f"rho {rho:g}: pictures {first + 1} of {args.num}")
+            places = range(first, min(first + args.batch, args.num))
+            drawn = draw_batch(self.source, [keys[p] for p in places], places, settings, guide=self.guide)
+            kept += drawn.kept.tolist()
+            gflops += drawn.gflops.tolist()
+            seconds += drawn.seconds
+            if seen is not None:
+                shots, _ = to_pictures(self.source, drawn.images, self.vae, args.vae_batch)
+                seen.add(features.batch(np.stack(shots).transpose(0, 3, 1, 2)))
+        every = world.gather((kept, gflops, seconds))
+        kept, gflops = (np.concatenate([part[k] for part in every]) for k in (0, 1))
+        row = {
+            "tail_drop": rho, "retained_share": round(float(kept.mean()), 6),
+            "gflops_per_image": round(float(gflops.mean()), 6),
+            "images_per_s": round(args.num / max(part[2] for part in every), 4), "frechet": None, "heldout_mse": None,
+        }  # fmt: skip
+        return row, None if seen is None else seen.reduce(world.control)
+
+    def _real(self) -> tuple[Any, Any]:
+        """The feature set and the moments of the held-out pictures; (None, None) with --features none."""
+        from trainer.evaluation import features as sets
+        from trainer.evaluation.frechet import Moments
+        from trainer.sampling.decode import load_vae, to_pictures
+
+        args = self.args
+        self.vae = load_vae(args.vae, self.source.device) if args.vae else None
+        if args.features == "none":
+            return None, None
+        if self.source.latent and self.vae is None:
+            raise UserError(
+                "--vae: this model draws latents, and features are of pictures; give the AutoencoderKL's folder, "
+                "or --features none"
+            )
+        found, real = sets.load(args.features, args.features_path, self.source.device), None
+        real = Moments(found.dim)
+        for batch in self._heldout():
+            shots, _ = to_pictures(self.source, batch["image"], self.vae, args.vae_batch)
+            there = batch["weight"].numpy() > 0
+            real.add(found.batch(np.stack(shots).transpose(0, 3, 1, 2)[there]))
+        return found, real.reduce(self.world.control)
+
+    def _error(self, rho: float) -> float:
+        """Held-out mse at `rho`, on fixed noise and timesteps."""
+        import torch
+
+        process, device = self.source.process, self.source.device
+        sums = np.zeros(2)
+        for batch in self._heldout():
+            x0, noise, u, y = (batch[k].to(device) for k in ("image", "noise", "u", "label"))
+            t = process.time(u)
+            x_t = process.add_noise(x0, noise, t)
+            with torch.no_grad(), self._autocast():
+                out = self.source.model(x_t, process.model_time(t), y, tail_drop=rho).sample
+            mse = process.losses(out, x0, x_t, noise, t).mse.cpu()
+            sums += [float((mse * batch["weight"]).sum()), float(batch["weight"].sum())]
+        total = np.sum(self.world.gather(sums), axis=0)
+        return round(float(total[0] / total[1]), 6)
+
+    def _heldout(self) -> Iterator[dict[str, Any]]:
+        from trainer.data import heldout_batches
+
+        count = min(self.args.heldout, len(self.data))
+        return heldout_batches(
+            self.data, seed=self.source.run.get("seed", 0), count=count, batch_size=min(self.args.batch, count),
+            rank=self.world.rank, world_size=self.world.size,
+        )  # fmt: skip
+
+    def _autocast(self) -> Any:
+        from trainer.drawing import autocast
+
+        return autocast(self.source.device, self.settings.precision)
+
+    def _folder(self) -> Path:
+        if self.args.to:
+            return Path(self.args.to)
+        path = self.source.path
+        run = next((p.parent for p in path.parents if p.name == "checkpoints"), None)
+        return run or (path if path.is_dir() else path.parent)
+
+    def _write(self, rows: list[dict[str, Any]], features: str | None) -> None:
+        """elastic.json (its schema is what `report` reads), elastic.md and elastic.svg."""
+        settings, folder = self.settings, self._folder()
+        values = {
+            "checkpoint": str(self.source.path), "images_seen": self.source.run.get("images"),
+            "steps": settings.steps, "method": settings.method, "guidance": settings.guidance,
+            "uncond_tail_drop": None if self.other is None else TailDrop.of(self.other).record(),
+            "precision": settings.precision, "seed": settings.seed, "num": self.args.num,
+            "heldout": min(self.args.heldout, len(self.data)), "device": self.source.device.type,
+            "features": features, "metric": "frechet" if features else "heldout_mse", "rows": rows,
+        }  # fmt: skip
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for ending, text in (
+                ("json", json.dumps(values, indent=1)), ("md", "\n".join(table(rows))), ("svg", plot(values))
+            ):  # fmt: skip
+                beside = folder / f".{RESULT}.{ending}.part"
+                beside.write_text(text + "\n")
+                beside.replace(folder / f"{RESULT}.{ending}")
+        except OSError as error:
+            raise UserError(f"--to: cannot write to {folder}: {error.strerror}") from None
+
+    def _say(self, text: str) -> None:
+        if self.world.main:
+            self.line.show(text)
+
+
+def open_heldout(source: Any, asked: str | None, checkpoint: str) -> Any:
+    """The held-out split of the data that `source` was trained on, or of `asked`.
+
+    Raises UserError where it cannot be read, or has images of another shape.
+    """
+    from trainer.config import load_config
+    from trainer.data import open_data, open_source
+
+    run = next((p.parent for p in source.path.parents if p.name == "checkpoints"), None)
+    if asked:
+        data = open_source(asked, "heldout")
+    elif run is None or not (run / "config.yaml").is_file():
+        raise UserError(
+            f"--data: {checkpoint} is not in a run whose config.yaml names its data; give the folder"
+        )
+    else:
+        try:
+            data = open_data(load_config(run / "config.yaml").data, "heldout")
+        except UserError as error:
+            raise UserError(f"{error}; or give the folder with --data") from None
+    if data.manifest.shape != source.shape:
+        raise UserError(f"--data: its images are {data.manifest.shape}, the model takes {source.shape}")
+    return data
+
+
+def measure(source: Any, heldout: Any, world: Any, autocast: Any, say: Any) -> Calibration:
+    """The router's natural tokens by noise level, for the classes and for the null class.
+
+    `heldout()` gives this rank's batches, which are gone through with other timesteps until about
+    `CALIBRATION_IMAGES` were seen.
+    """
+    import torch
+
+    process, device, null = source.process, source.device, source.num_classes
+    sums = np.zeros((2, 3, BINS))  # branch; images, sum of share, sum of its square
+    batches = list(heldout())
+    seen = sum(float(part) for part in world.gather(sum(float(b["weight"].sum()) for b in batches)))
+    rounds = max(1, round(CALIBRATION_IMAGES / max(seen, 1)))
+    for number in range(rounds):
+        for batch in batches:
+            say(f"calibration: pass {number + 1} of {rounds}")
+            x0, noise, y = (batch[key].to(device) for key in ("image", "noise", "label"))
+            level = (batch["u"].double() + number / rounds) % 1.0
+            t = uniform_time(process, level.to(device))
+            x_t, weight = process.add_noise(x0, noise, t), batch["weight"].numpy()
+            bins = (process.time_fraction(t).cpu().numpy() * BINS).astype(int).clip(0, BINS - 1)
+            for branch, labels in enumerate((y, torch.full_like(y, null))):
+                with torch.no_grad(), autocast():
+                    routing = source.model(x_t, process.model_time(t), labels).routing
+                share = routing.natural.double().mean(1).cpu().numpy()
+                for row, value in enumerate((weight, weight * share, weight * share**2)):
+                    np.add.at(sums[branch, row], bins, value)
+    sums = np.sum(world.gather(sums), axis=0)
+    tables = [_filled(*branch) for branch in sums]
+    about = {
+        "images_seen": source.run.get("images"),
+        "measured_on": "held-out images",
+        "images": round(float(sums[0, 0].sum())),
+    }
+    return Calibration(source.shape[1] * source.shape[2], tables[0], tables[1], about)
+
+
+def uniform_time(process: Any, level: Any) -> Any:
+    """Noise levels in [0, 1), float64, as the process's time: not warped as in training."""
+    if process.kind == "flow":
+        return level.float()
+    return (level * process.num_timesteps).long()
+
+
+def _filled(count: np.ndarray, total: np.ndarray, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means by bin; a bin nobody fell into takes its neighbours'."""
+    there, places = count > 0, np.arange(len(count))
+    return tuple(np.interp(places, places[there], values[there] / count[there]) for values in (total, square))
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The curve as lines of a markdown table."""
+
+    def text(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    out = ["| rho | tokens kept | GFLOPs per image | images/s | Frechet distance | held-out mse |",
+           "|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        out.append(
+            f"| {row['tail_drop']:g} | {row['retained_share']:.1%} | {row['gflops_per_image']:.4g} | "
+            f"{row['images_per_s']:.3g} | {text(row['frechet'], '.4g')} | {text(row['heldout_mse'], '.5f')} |"
+        )
+    return out
+
+
+def plot(values: dict[str, Any]) -> str:
+    """Quality over compute as an SVG picture of its own."""
+    from trainer.charts import Series, line_chart, standalone
+
+    metric = values["metric"]
+    points = [(row["gflops_per_image"], row[metric]) for row in values["rows"]]
+    named = f"Frechet distance ({values['features']})" if metric == "frechet" else "held-out mse"
+    series = [Series("", sorted(points), style="dots")]
+    return standalone(line_chart(series, x_label=f"GFLOPs per image ({values['steps']} {values['method']} steps)",
+                                 y_label=named), named)  # fmt: skip
+
+
+if __name__ == "__main__":
+    from trainer.cli import main as dispatch
+
+    raise SystemExit(dispatch(["sweep", *sys.argv[1:]]))
