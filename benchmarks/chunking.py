@@ -14,11 +14,7 @@ With --model the whole DC-DiT-S instead (chunking_model.py).
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import shlex
 import signal
 import statistics
 import sys
@@ -32,12 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import chunking_model
 from benchmarks.chunking_cases import SIZES, Size, dense, inputs, ours, run, tokens, widened
 from benchmarks.chunking_memory import KINDS, memory
-from model.ops import available
+from benchmarks.tables import facts_of_this_run, headline, keep_memory, markdown, place, plain_text
 
 PASSES = ("forward", "forward_backward")
-# glibc's allocator, told to keep what is freed: else every large tensor of every form comes as untouched pages, and
-# taking those costs several times the arithmetic of any form.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 WARM = 2  # untimed rounds before the timed ones
 COMPILE_SECONDS = 180  # for one size; it has usually done after 30
 
@@ -169,63 +162,6 @@ def table(rows):
     return cells
 
 
-def plain_text(cells):
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:
-        padded = [
-            c.ljust(w) if k < 3 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("  ".join(padded))
-    return "\n".join(lines)
-
-
-def markdown(cells, facts):
-    lines = ["| " + " | ".join(line) + " |" for line in cells]
-    lines.insert(1, "|" + "|".join("---" if k < 3 else "---:" for k in range(len(cells[0]))) + "|")
-    return f"`{facts['command']}`: {headline(facts)}.\n\n" + "\n".join(lines) + "\n"
-
-
-def machine():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def command():
-    """The command line without its output files."""
-    words, skip = [], False
-    for word in sys.argv[1:]:
-        if (
-            not skip
-            and not word.startswith(("--json=", "--markdown="))
-            and word not in ("--json", "--markdown")
-        ):
-            words.append(word)
-        skip = word in ("--json", "--markdown")
-    return shlex.join(["python", "benchmarks/chunking.py", *words])
-
-
-def facts_of_this_run():
-    return {
-        "machine": machine(),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "native": available()["native"],
-        "command": command(),
-    }
-
-
-def headline(facts):
-    native = "native ops" if facts["native"] else f"no native ops ({available()['reason']})"
-    return (
-        f"{facts['machine']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, {native}"
-    )
-
-
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="store_true", help="the whole DC-DiT-S")
@@ -236,7 +172,7 @@ def parse():
         "--no-compile", action="store_true", help="without the dense form under torch.compile"
     )
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table there as markdown too")
+    parser.add_argument("--markdown", metavar="FILE", help="and the table, as markdown")
     parser.add_argument(
         "--dtype", help="of the inputs, one or more (default float32,bfloat16; --model: float32)"
     )
@@ -256,19 +192,12 @@ def parse():
     return args
 
 
-def keep_memory():
-    """Start this process again under KEEP_MEMORY, which the allocator reads only once."""
-    if sys.platform == "linux" and not KEEP_MEMORY.items() <= os.environ.items():
-        os.environ.update(KEEP_MEMORY)
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-
-
 def main():
     args = parse()
     keep_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    facts, why = facts_of_this_run(), []
+    facts, why = facts_of_this_run("benchmarks/chunking.py"), []
     print(headline(facts), flush=True)
     if args.model:
         rows = [
@@ -281,7 +210,7 @@ def main():
         cells = table(rows)
         print(plain_text(cells), *why, sep="\n")
         if args.markdown:
-            Path(args.markdown).write_text(markdown(cells, facts))
+            place(args.markdown, "chunking", markdown(cells, facts))
     if args.json:
         report = facts | {"rows": rows, "not_measured": why}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n")

@@ -20,27 +20,33 @@ struct Scratch {
   }
 };
 
-template <class Number>
-inline void load_lane(const Number* __restrict x, int64_t n, float* __restrict to) {
-  if (n >= kLane) {
-    for (int64_t d = 0; d < kLane; ++d) to[d] = load(x[d]);
-  } else {
-    for (int64_t d = 0; d < n; ++d) to[d] = load(x[d]);
-    for (int64_t d = n; d < kLane; ++d) to[d] = 0.0f;
-  }
+// A whole lane stays in registers: through memory, narrow stores followed by a wide load would stall.
+typedef uint16_t halves __attribute__((vector_size(DCDIT_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t words __attribute__((vector_size(DCDIT_VECTOR_BYTES)));
+
+inline words widened(const void* x) { return __builtin_convertvector(*static_cast<const halves*>(x), words); }
+
+inline vec load_vec(const f32* x) { return *reinterpret_cast<const loose_vec*>(x); }
+
+inline vec load_vec(const bf16* x) { return (vec)(widened(x) << 16); }
+
+inline vec load_vec(const f16* x) {  // as load(f16) does it
+  const words bits = widened(x), magnitude = (bits & 0x7fff) << 13;
+  const words special = (words)((bits & 0x7c00) == 0x7c00), finite = (words)((vec)magnitude * 0x1p112f);
+  return (vec)((bits & 0x8000) << 16 | (special & (magnitude | 0x7f800000)) | (~special & finite));
 }
 
 template <class Number>
 inline Quad read_lane(const Number* x, int64_t n) {
+  if (n >= kLane) {
+    Quad q;
+#pragma GCC unroll 4
+    for (int k = 0; k < kQuad; ++k) q.v[k] = load_vec(x + k * kWide);
+    return q;
+  }
   float to[kLane];
-  load_lane(x, n, to);
-  return Quad::read(to);
-}
-
-inline Quad read_lane(const f32* x, int64_t n) {
-  if (n >= kLane) return Quad::read(&x->bits);
-  float to[kLane];
-  load_lane(x, n, to);
+  for (int64_t d = 0; d < n; ++d) to[d] = load(x[d]);
+  for (int64_t d = n; d < kLane; ++d) to[d] = 0.0f;
   return Quad::read(to);
 }
 
