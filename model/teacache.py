@@ -62,7 +62,7 @@ class TeaCache:
             h_TD = backbone.run_blocks(packed.tokens, c_BD, packed, widths)
         else:
             place = slice(None) if packed.index is None else packed.index.long()
-            h_TD = packed.tokens + self.added[: len(reused)].flatten(0, 1)[place].to(packed.tokens.dtype)
+            h_TD = packed.tokens + self._last(len(reused)).flatten(0, 1)[place].to(packed.tokens.dtype)
             images = (~reused).nonzero().flatten().tolist()
             if images:
                 part, rows = subset(packed, images)
@@ -95,8 +95,12 @@ class TeaCache:
             near = ops.nearest(routing.slot, rows, *routing.grid, backend=backend)
             added = added_TD[near.long()]
         if reused.any():
-            added = torch.where(reused.to(added.device).view(-1, 1, 1), self.added[:rows], added)
+            added = torch.where(reused.to(added.device).view(-1, 1, 1), self._last(rows), added)
         self.added = _replaced(self.added, added)
+
+    def _last(self, rows: int) -> Tensor:
+        """What the blocks last added to each row, zero where they never ran."""
+        return F.pad(self.added[:rows], (0, 0, 0, 0, 0, max(0, rows - len(self.added))))
 
 
 def _replaced(rows: Tensor | None, first: Tensor) -> Tensor:
