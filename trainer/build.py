@@ -122,6 +122,11 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     fixed = ("model.", "diffusion.", "train.global_batch_size", "run.seed")
     free = ("model.router_start", "model.packing", "model.capacity_factor", "diffusion.time_sampling")
     changed = [k for k in now if k in before and before[k] != now[k]]
+    if now["model.dydit"] is not None and "deepspeed" not in (
+        before["parallel.engine"],
+        now["parallel.engine"],
+    ):
+        free += ("model.dydit",)  # gates may begin on the way (all open), or get another target
     for key in changed:
         if key.startswith(fixed) and key not in free:
             raise UserError(

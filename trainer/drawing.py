@@ -30,7 +30,8 @@ class Settings:
     for the same. `guidance_interval`: noise levels (low, high) within [0, 1] that are guided, None for all.
     `guidance_channels`: leading channels that are, None for all. `eta` belongs to ddim. `clip` holds the clean
     image that each step foresees within [-1, 1]. None does so for pixels, which lie there, and not for latents,
-    which do not (and where the paper does not).
+    which do not (and where the paper does not). `teacache`: the relative change below which the backbone is left out
+    (`model.teacache`), None to run it always.
     """
 
     steps: int = 50
@@ -45,6 +46,7 @@ class Settings:
     guidance_interval: tuple[float, float] | None = None
     guidance_channels: int | None = None
     eta: float = 0.0
+    teacache: float | None = None
 
     def clips(self, source: Source) -> bool:
         return not source.latent if self.clip is None else self.clip
@@ -74,7 +76,7 @@ class Drawn:
 
     `kept`, `kept_uncond`: (n,) mean retained share over the steps (kept_uncond None without guidance, both
     None for a model without a router; under autoguidance it is the guiding model's). `gflops`: (n,) for all steps
-    and both branches.
+    and both branches. `reused`: (n,) share of the calls whose backbone TeaCache left out, None without it.
     """
 
     images: Any
@@ -82,6 +84,7 @@ class Drawn:
     kept_uncond: np.ndarray | None
     gflops: np.ndarray
     seconds: float
+    reused: np.ndarray | None = None
 
 
 def generate(
@@ -114,6 +117,7 @@ def generate(
         _join([part.kept_uncond for part in parts]),
         np.concatenate([part.gflops for part in parts]),
         time.monotonic() - started,
+        _join([part.reused for part in parts]),
     )
 
 
@@ -133,20 +137,24 @@ def draw_batch(
     import torch
 
     from model.diffusion import guided
+    from model.teacache import TeaCache
 
     started = time.monotonic()
     device, shape, process = source.device, source.shape, source.process
     counts = Counter(source.model.config, len(keys))
     counts_guide = Counter(guide.model.config, len(keys)) if guide else None
     y = torch.tensor([label for label, _ in keys], dtype=torch.int64, device=device)
-    other = settings.uncond_tail_drop
+    other, model, guiding = settings.uncond_tail_drop, source.model, guide.model if guide else None
+    if settings.teacache is not None:  # of this batch and this run alone
+        model = TeaCache(model, settings.teacache)
+        guiding = guiding and TeaCache(guiding, settings.teacache)
     model_fn = guided(
-        source.model, y, settings.guidance,
+        model, y, settings.guidance,
         tail_drop=TailDrop.of(settings.tail_drop).for_images(places, device),
         uncond_tail_drop=None if other is None else TailDrop.of(other).for_images(places, device),
         channels=settings.guidance_channels, interval=settings.guidance_interval,
         time_scale=process.num_timesteps, on_output=counts,
-        guide=guide.model if guide else None, on_guide=counts_guide,
+        guide=guiding, on_guide=counts_guide,
     )  # fmt: skip
     if settings.clips(source):
         model_fn = clipped(process, model_fn)
@@ -163,7 +171,10 @@ def draw_batch(
     gflops, kept_uncond = counts.gflops(), counts.mean_share(1)
     if counts_guide is not None:
         gflops, kept_uncond = gflops + counts_guide.gflops(), counts_guide.mean_share(0)
-    return Drawn(images.float().cpu(), counts.mean_share(0), kept_uncond, gflops, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Drawn(
+        images.float().cpu(), counts.mean_share(0), kept_uncond, gflops, seconds, counts.reused_share()
+    )
 
 
 def clipped(process, model_fn):
@@ -192,40 +203,43 @@ def clipped(process, model_fn):
 
 
 class Counter:
-    """Listens to every call of a model and keeps how many tokens each picture retained, by branch."""
+    """Listens to every call of a model: how many tokens each picture retained, by branch, and what that cost."""
 
     def __init__(self, config, pictures: int) -> None:
         self.config, self.pictures = config, pictures
         self.length = config.input_size[0] * config.input_size[1]
         self.routed = True
         self.calls: tuple[list, list] = [], []
+        self.reused: list[np.ndarray] = []  # of every call and branch
+        self.spent = np.zeros(pictures)
 
     def __call__(self, output) -> None:
         """`output` of B rows, or of 2B under guidance: conditional first, as `guided` stacks them."""
+        from model.flops import of_output
+
         self.routed = output.routing is not None
         if self.routed:  # one read per step: sampling is not where a sync costs
             rows = output.routing.retained.sum(1).tolist()
         else:
             rows = [self.length] * len(output.sample)
+        costs = np.array([parts["total"] for parts in of_output(self.config, output)])
         for branch, first in enumerate(range(0, len(rows), self.pictures)):
-            self.calls[branch].append(rows[first : first + self.pictures])
+            piece = slice(first, first + self.pictures)
+            self.calls[branch].append(rows[piece])
+            self.spent += costs[piece]
+            if output.reused is not None:
+                self.reused.append(output.reused[piece].numpy())
 
     def mean_share(self, branch: int) -> np.ndarray | None:
         calls = self.calls[branch]
         return np.mean(calls, axis=0) / self.length if calls and self.routed else None
 
-    def gflops(self) -> np.ndarray:
-        """Per picture, over all calls and both branches (DC-DiT §3: the packed sum, ragged-exact)."""
-        from model.flops import flops
+    def reused_share(self) -> np.ndarray | None:
+        return np.mean(self.reused, axis=0) if self.reused else None
 
-        seen: dict[int, float] = {}
-        total = np.zeros(self.pictures)
-        for call in self.calls[0] + self.calls[1]:
-            for row, kept in enumerate(call):
-                if kept not in seen:
-                    seen[kept] = flops(self.config, [kept])["total"] / 1e9
-                total[row] += seen[kept]
-        return total
+    def gflops(self) -> np.ndarray:
+        """Per picture, over all calls and both branches: the packed sum, with what was open and what was reused."""
+        return self.spent / 1e9
 
 
 def stream_keys(labels: Sequence[int]) -> list[tuple[int, int]]:

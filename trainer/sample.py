@@ -70,6 +70,8 @@ def _sheet(args: argparse.Namespace) -> int:
     write_sheet(target, shots, kind, source, labels, record, per_class)
     if drawn.kept is not None:
         print(f"kept {drawn.kept.mean():.1%} of the tokens, {drawn.gflops.mean():.4g} GFLOPs per picture")
+    if drawn.reused is not None:
+        print(f"left the backbone out of {drawn.reused.mean():.1%} of the calls")
     if budget is not None:
         print(
             f"--budget {args.budget}: rho {settings.tail_drop:.3f}, {budget['gflops_foreseen']:.4g} GFLOPs foreseen"

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from trainer.checkpoint import read_state
 from trainer.config import Config
 from trainer.ema import ema_names
 from trainer.optimizers import build_optimizer
@@ -123,7 +125,13 @@ class TorchEngine(Engine):
 
     def load(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
         state = self.state()
-        dcp.load(state, checkpoint_id=str(checkpoint), process_group=group)
+        names = [group["params"] for group in state["optimizer"]["param_groups"]]
+        # Gates may begin on the way: what the checkpoint knows nothing of stays as it starts.
+        had = read_state(checkpoint)["config"].get("model.dydit") is not None
+        planner = DefaultLoadPlanner(allow_partial_load=self.config.model.dydit is not None and not had)
+        dcp.load(state, checkpoint_id=str(checkpoint), planner=planner, process_group=group)
+        for group, own in zip(state["optimizer"]["param_groups"], names, strict=True):
+            group["params"] = own
         set_model_state_dict(self.model, state["model"])
         for name, average in self.averages.items():
             set_model_state_dict(average, state[name])

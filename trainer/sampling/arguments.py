@@ -92,6 +92,8 @@ def add_sampler_flags(text: argparse.ArgumentParser, rho: bool = True) -> None:
         action=argparse.BooleanOptionalAction,
         help="hold the clean image foreseen at each step within the pixels' range (default: for pixels)",
     )
+    add("--teacache", type=float, metavar="T", help="leave the backbone out while its input changed by less than this "
+        "since it last ran, relatively: 0.1 a little, 0.3 much (default: never)")  # fmt: skip
     add = text.add_argument_group("guidance").add_argument
     add("--guidance", type=float, default=1.0, metavar="S",
         help="classifier-free guidance; 1 is none (default: 1)")  # fmt: skip
@@ -113,12 +115,16 @@ def add_sampler_flags(text: argparse.ArgumentParser, rho: bool = True) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what can be told without the model."""
+    from model.teacache import check_threshold
+
     for name in ("num", "per_class", "steps", "batch", "shard", "vae_batch", "guidance_channels"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, not {value}")
     if not 0 <= args.seed < 1 << 64:
         raise UserError(f"--seed: must be from 0 to 2**64 - 1, got {args.seed}")
+    if args.teacache is not None:
+        check_threshold("--teacache", args.teacache)
     if args.autoguidance and args.guidance == 1:
         raise UserError("--autoguidance: does nothing at --guidance 1; give for example --guidance 2")
     if getattr(args, "tail_drop", None) is not None:
@@ -182,7 +188,7 @@ def settings_from(args: argparse.Namespace, source: Source) -> Settings:
         uncond_tail_drop=None if other is None else _number(TailDrop.parse(other, "--uncond-tail-drop")),
         seed=args.seed, batch=args.batch, precision=args.precision or source.run.get("precision", "fp32"),
         clip=args.clip, guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None,
-        guidance_channels=args.guidance_channels, eta=args.eta,
+        guidance_channels=args.guidance_channels, eta=args.eta, teacache=args.teacache,
     )  # fmt: skip
 
 

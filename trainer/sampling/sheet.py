@@ -48,6 +48,7 @@ def sheet_record(
         "retained_share": _mean(drawn.kept),
         "retained_share_unconditional": _mean(drawn.kept_uncond),
         "retained_share_each": None if drawn.kept is None else [round(float(s), 5) for s in drawn.kept],
+        "reused_share": _mean(drawn.reused),
         "gflops_per_picture": round(float(drawn.gflops.mean()), 4),
         "seconds": round(drawn.seconds, 2),
     }
@@ -61,6 +62,8 @@ def sheet_target(asked: str | None, source: Source, settings: Settings) -> Path:
     parts = [f"{settings.steps}steps", f"drop{drop}", f"seed{settings.seed}"]
     if settings.guidance != 1:
         parts.insert(1, f"guidance{settings.guidance:g}")
+    if settings.teacache is not None:
+        parts.append(f"teacache{settings.teacache:g}")
     run = next((p.parent for p in source.path.parents if p.name == "checkpoints"), None)
     if run is None:
         return Path("samples") / f"{source.path.stem}-{'-'.join(parts)}.png"
