@@ -43,12 +43,9 @@ def list_images(source: Path) -> Listing:
     Files that are not images by their ending, and hidden ones, are counted and left out.
     Raises UserError: nothing there, images outside class folders, a class without images, a compressed tar.
     """
-    if source.is_dir():
-        found, folders, ignored = _walk(source)
-    elif source.is_file():
-        found, folders, ignored = _scan(source)
-    else:
+    if not source.exists():
         raise UserError(f"{source}: no such folder or tar: give the folder that holds one folder per class")
+    found, folders, ignored = _find(source)
     stray = [name for name, _, _ in found if "/" not in name]
     if stray:
         raise UserError(f"{source}: {stray[0]} is in no class folder: {LAYOUT}")
@@ -65,6 +62,19 @@ def list_images(source: Path) -> Listing:
         digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
     items = tuple(Item(name, numbers[name.split("/", 1)[0]], offset, size) for name, offset, size in found)
     return Listing(source, tuple(classes), items, digest.hexdigest(), ignored)
+
+
+def find_images(source: Path) -> list[Item]:
+    """The images anywhere in a folder or tar `source`, sorted by name; of no class (label -1).
+
+    Raises UserError: a compressed tar.
+    """
+    return [Item(name, -1, offset, size) for name, offset, size in sorted(_find(source)[0])]
+
+
+def _find(source: Path) -> tuple[list[tuple[str, int, int]], set[str], int]:
+    """((name, offset, size) of each image, names of the folders at the top, number of other files)."""
+    return _walk(source) if source.is_dir() else _scan(source)
 
 
 def _is_image(name: str) -> bool:
