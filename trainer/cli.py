@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "start a run, or go on with it: the same command resumes",
     "sample": "draw pictures from a run or a released checkpoint: a sheet, or any number of them",
     "sweep": "quality and compute of one checkpoint over the budget (rho), and its calibration",
+    "evaluate": "FID and its kin: how far pictures are from real ones",
     "export": "weights of any checkpoint as safetensors, averaged or raw",
     "report": "one HTML page about a run: curves, samples, router maps, FLOPs",
 }

@@ -88,7 +88,8 @@ def mds(folder: Path, count: int = 8, channels: int = 3) -> Path:
             for i in range(count):
                 image = noise.integers(0, 256, (channels, SIZE, SIZE), dtype=np.uint8)
                 out.write({"image": image, "label": i % len(CLASSES)})
-    (folder / "manifest.json").write_text(json.dumps(manifest(channels)))
+    splits = {"train": count, "heldout": count}
+    (folder / "manifest.json").write_text(json.dumps(manifest(channels) | {"splits": splits}))
     return folder
 
 

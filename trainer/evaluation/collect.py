@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from trainer.evaluation.features import FeatureSet
@@ -42,12 +43,14 @@ class Collector:
         self.moments = Moments(features.dim)
         self.spatial = Moments(features.spatial_dim) if features.spatial_dim else None
         self.score = InceptionScore(features.classes, pictures) if features.classes else None
+        self.size = (0, 0)  # height and width of the pictures
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, images: Any, numbers: np.ndarray) -> None:
         """`images` (n, 3, H, W) uint8, the `numbers`-th of all (n,)."""
         if not len(numbers):
             return
+        self.size = tuple(images.shape[2:])
         found = self.features.extract(images)
         self.moments.add(found.features)
         if self.spatial is not None:
@@ -59,6 +62,9 @@ class Collector:
 
     def reduce(self, world: World) -> None:
         """Of all processes, on each. The features kept go to rank 0 only."""
+        size = torch.tensor(self.size)
+        dist.all_reduce(size, op=dist.ReduceOp.MAX, group=world.control)
+        self.size = tuple(size.tolist())
         self.moments = self.moments.reduce(world.control)
         if self.spatial is not None:
             self.spatial = self.spatial.reduce(world.control)

@@ -50,7 +50,7 @@ class FeatureSet:
     def extract(self, images: Any) -> Extracted:
         """Everything the set knows of `images`: (n, 3, H, W) uint8, tensor or array."""
         if not isinstance(images, torch.Tensor):
-            images = torch.from_numpy(np.ascontiguousarray(images))
+            images = torch.from_numpy(np.require(images, requirements="CW"))
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise ValueError(
                 f"pictures of shape {tuple(images.shape)} {images.dtype}: expected (n, 3, H, W) uint8"

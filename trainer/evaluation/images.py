@@ -21,6 +21,7 @@ from trainer.data.open import open_source
 from trainer.pictures import to_uint8
 
 ARRAY = "arr_0"  # of an ADM .npz: (n, H, W, 3) uint8
+SAMPLES = "samples.npz"
 Decode = Callable[[np.ndarray], np.ndarray]  # latents as a VAE gives them to (n, 3, H, W) uint8
 
 
@@ -125,6 +126,8 @@ def open_pictures(text: str | Path, decode: Decode | None = None) -> Pictures:
         )
     if (path / MANIFEST).is_file():
         return Shards(path, "train", decode)
+    if (path / SAMPLES).is_file():  # as `dcdit sample --format npz` leaves it
+        path = path / SAMPLES
     if path.suffix == ".npz":
         return Npz(path)
     tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]

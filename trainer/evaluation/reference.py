@@ -36,7 +36,18 @@ class Reference:
 
     def compare(self, found: Collector, device: torch.device | str = "cpu") -> dict[str, Any]:
         """The numbers for pictures collected and reduced: frechet always; sfid, inception_score (and _std), precision,
-        recall where there is what they need, else None. Of rank 0: elsewhere no features are kept."""
+        recall where there is what they need, else None. Of rank 0: elsewhere no features are kept.
+
+        Raises:
+            UserError: pictures of two sizes, where features depend on it.
+        """
+        mine, theirs = self.about.get("size"), list(found.size)
+        if found.features.name == "offline" and mine != theirs:
+            sizes = ["x".join(map(str, size[::-1])) for size in (theirs, mine)]
+            raise UserError(
+                f"--reference: its pictures are {sizes[1]}, the samples {sizes[0]}: offline features compare "
+                "pictures of one size"
+            )
         score, kept = found.score, found.kept()
         numbers: dict[str, Any] = {
             "frechet": frechet_distance(self.mean, self.cov, found.moments.mean, found.moments.cov),
@@ -83,7 +94,7 @@ def from_collector(found: Collector, pictures: Pictures) -> Reference:
         raise UserError(f"{pictures.about['path']}: {moments.count} pictures; a reference needs at least two")
     return Reference(
         moments.mean, moments.cov, (spatial.mean, spatial.cov) if spatial is not None else None, found.kept(),
-        {**pictures.about, "count": moments.count},
+        {**pictures.about, "count": moments.count, "size": list(found.size)},
     )  # fmt: skip
 
 

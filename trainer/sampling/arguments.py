@@ -45,11 +45,11 @@ def parser() -> argparse.ArgumentParser:
     return text
 
 
-def add_model_flags(text: argparse.ArgumentParser) -> None:
+def add_model_flags(text: argparse.ArgumentParser, required: bool = True) -> None:
     """The weights and where they run: flags that `sweep` has too."""
     group = text.add_argument_group("model")
     add = group.add_argument
-    add("--checkpoint", required=True, metavar="PATH",
+    add("--checkpoint", required=required, metavar="PATH",
         help="a run, a checkpoint or export folder, or a released .pt")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--precision", choices=("fp32", "bf16"), help="default: the run's own, else fp32")

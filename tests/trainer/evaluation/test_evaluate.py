@@ -1,0 +1,280 @@
+"""`dcdit evaluate` on a small run: drawn now or before, by one process or two, against data or an ADM file."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from model.errors import UserError
+from tests.trainer.evaluation.test_features import fidelity, inception_file  # noqa: F401  (a fixture)
+from tests.trainer.synthetic_run import CLASSES, SIZE, export, mds, run_folder, tiny_model
+from trainer import cli, evaluate
+from trainer.evaluation import features
+from trainer.evaluation.collect import Collector, collect, rounds
+from trainer.evaluation.frechet import frechet_distance
+from trainer.evaluation.images import Npz, open_pictures
+from trainer.evaluation.reference import load_reference
+from trainer.parallel import World, close_world, open_world
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluate")
+    return run_folder(root, data=mds(root / "data", 24))
+
+
+@contextmanager
+def opened_world():
+    try:
+        yield open_world(device="cpu")
+    finally:
+        close_world()
+
+
+def arguments(run, *more: str) -> list[str]:
+    return [
+        "--checkpoint",
+        str(run),
+        "--num",
+        "18",
+        "--steps",
+        "2",
+        "--features",
+        "offline",
+        "--device",
+        "cpu",
+        *more,
+    ]
+
+
+def result(run) -> dict:
+    (file,) = (run / "evaluation").glob("*.json")
+    record = json.loads(file.read_text())
+    file.unlink()
+    return record
+
+
+def numbers(record: dict) -> dict:
+    found = {key: value for key, value in record["metrics"].items() if value is not None}
+    assert found.keys() >= {"frechet", "precision", "recall"}
+    return found
+
+
+def test_drawn_now_is_drawn_before(run, tmp_path, capsys):
+    """The same numbers from --checkpoint, from what it keeps, and from `dcdit sample` in each of its forms."""
+    assert cli.main(["evaluate", *arguments(run, "--keep", str(tmp_path / "kept"))]) == 0
+    shown = capsys.readouterr().out
+    drawn = result(run)
+    assert (
+        drawn["count"] == 18 and drawn["reference"]["count"] == 24 and drawn["reference"]["split"] == "train"
+    )
+    assert drawn["settings"]["steps"] == 2 and drawn["settings"]["seed"] == 0 and drawn["images_seen"] == 640
+    assert 0 < drawn["retained_share"] < 1 and drawn["gflops_per_image"] > 0 and drawn["images_per_s"] > 0
+    assert drawn["metrics"]["frechet"] > 0 and 0 <= drawn["metrics"]["recall"] <= 1
+    assert f"{drawn['metrics']['frechet']:.4f}" in shown and "compares with itself alone" in shown
+    assert len(list((tmp_path / "kept").glob("*.png"))) == 18
+    data = str(run.parent / "data")
+    for form in ("png", "npz", "webdataset"):
+        to = tmp_path / form
+        asked = ["--checkpoint", str(run), "--num", "18", "--steps", "2", "--to", str(to), "--format", form]
+        assert cli.main(["sample", *asked, "--device", "cpu", "--shard", "7"]) == 0
+        assert cli.main(["evaluate", "--samples", str(to), "--reference", data, "--features", "offline"]) == 0
+        before = json.loads((tmp_path / f"{form}-offline-18.json").read_text())
+        assert numbers(before) == pytest.approx(numbers(drawn), rel=1e-5), form
+        assert before["sampling"]["retained_share"] == pytest.approx(drawn["retained_share"], abs=1e-5)
+    kept = ["--samples", str(tmp_path / "kept"), "--reference", data, "--features", "offline", "--num", "9"]
+    assert cli.main(["evaluate", *kept, "--to", str(tmp_path / "half.json")]) == 0
+    assert json.loads((tmp_path / "half.json").read_text())["count"] == 9
+
+
+def test_two_processes_give_the_numbers_of_one(run, tmp_path):
+    assert cli.main(["evaluate", *arguments(run, "--batch", "4")]) == 0
+    one = result(run)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--",
+        "trainer/evaluate.py",
+    ]
+    done = subprocess.run(
+        [*command, *arguments(run, "--batch", "5")], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = result(run)
+    assert two["processes"] == 2 and two["count"] == one["count"]
+    assert numbers(two) == pytest.approx(numbers(one), rel=1e-4)
+    for key in ("retained_share", "gflops_per_image"):
+        assert two[key] == pytest.approx(one[key], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "size"), [(10, 4, 1), (10, 4, 3), (7, 100, 2), (1, 1, 4), (12, 3, 2)]
+)
+def test_every_process_has_as_many_batches_of_one_size_and_each_picture_counts_once(count, batch, size):
+    each = [list(rounds(count, batch, World(rank, size, 0, None))) for rank in range(size)]
+    assert len({len(part) for part in each}) == 1
+    assert len({len(numbers) for part in each for numbers, _ in part}) == 1
+    counted = [k for part in each for numbers, real in part for k in numbers[:real].tolist()]
+    assert sorted(counted) == list(range(count))
+
+
+def test_fewer_pictures_are_taken_evenly_from_the_whole(tmp_path):
+    images = np.broadcast_to(np.arange(0, 200, 10, dtype=np.uint8)[:, None, None, None], (20, 8, 8, 3))
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    bank = features.load("offline")
+    with opened_world() as world:
+        wanted, got = Collector(bank, 5), collect(Npz(tmp_path / "a.npz"), bank, world, 5, batch=2)
+    wanted.add(np.ascontiguousarray(images[[0, 4, 8, 12, 16]].transpose(0, 3, 1, 2)), np.arange(5))
+    np.testing.assert_allclose(got.moments.mean, wanted.moments.mean, atol=1e-6)
+
+
+@fidelity
+def test_adm_files_with_inception(run, inception_file, tmp_path, monkeypatch):  # noqa: F811
+    """FID and sFID from the statistics of an ADM file, precision and recall from its pictures; the inception score."""
+    random = np.random.default_rng(0)
+    real, drawn = (random.integers(0, 256, (6, 16, 16, 3), np.uint8) for _ in range(2))
+    np.savez(tmp_path / "real.npz", arr_0=real)
+    np.savez(tmp_path / "drawn.npz", arr_0=drawn)
+    network = features.load("inception", inception_file)
+    found = [Collector(network, 6) for _ in range(2)]
+    for one, images in zip(found, (real, drawn), strict=True):
+        one.add(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), np.arange(6))
+    statistics = dict(mu=found[0].moments.mean.numpy(), sigma=found[0].moments.cov.numpy() * 1.25)
+    statistics |= dict(mu_s=found[0].spatial.mean.numpy(), sigma_s=found[0].spatial.cov.numpy())
+    np.savez(tmp_path / "adm.npz", arr_0=real, **statistics)
+    np.savez(tmp_path / "bare.npz", **statistics)
+    asked = ["--samples", str(tmp_path / "drawn.npz"), "--features-path", str(inception_file), "--to",
+             str(tmp_path / "out.json"), "--batch", "6"]  # fmt: skip
+
+    assert cli.main(["evaluate", *asked, "--reference", str(tmp_path / "adm.npz")]) == 0
+    adm = json.loads((tmp_path / "out.json").read_text())
+    mean, cov = statistics["mu"], statistics["sigma"]
+    # The same distance in the few directions that twelve pictures span.
+    kept = [network.batch(images.transpose(0, 3, 1, 2)).double().numpy() for images in (real, drawn)]
+    span = np.linalg.qr(np.concatenate(kept).T)[0]
+    small = (
+        [(features @ span).mean(0) for features in kept],
+        [np.cov((features @ span).T) for features in kept],
+    )
+    wanted = frechet_distance(small[0][0], 1.25 * small[1][0], small[0][1], small[1][1])
+    assert adm["metrics"]["frechet"] == pytest.approx(wanted, rel=1e-4), (
+        "from mu and sigma, not from the pictures"
+    )
+    assert adm["metrics"]["sfid"] > 0 and adm["metrics"]["inception_score"] >= 1
+    assert adm["metrics"]["precision"] is not None and adm["reference"]["kind"] == "ADM statistics"
+
+    with opened_world() as world:
+        bare = load_reference(tmp_path / "bare.npz", network, world, None, keep=True)
+        assert bare.kept is None and np.array_equal(bare.cov, cov) and bare.spatial[0].shape == (2023,)
+        pictures = load_reference(
+            tmp_path / "real.npz", network, world, lambda: Npz(tmp_path / "real.npz"), keep=True
+        )
+    np.testing.assert_allclose(pictures.mean, mean, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(pictures.cov * 1.25, cov, rtol=1e-3, atol=1e-7)
+    assert pictures.kept.shape == (6, 2048) and pictures.about["count"] == 6
+
+
+def test_statistics_of_other_features_are_refused_and_pictures_of_an_adm_file_used(run, tmp_path, capsys):
+    np.savez(tmp_path / "bare.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    asked = [
+        "--samples",
+        str(run.parent / "data"),
+        "--reference",
+        str(tmp_path / "bare.npz"),
+        "--features",
+        "offline",
+    ]
+    assert cli.main(["evaluate", *asked]) == 2
+    assert "statistics of 2048 Inception features" in capsys.readouterr().err
+    images = np.random.default_rng(0).integers(0, 256, (9, SIZE, SIZE, 3), np.uint8)
+    np.savez(tmp_path / "bare.npz", mu=np.zeros(2048), sigma=np.eye(2048), arr_0=images)
+    assert cli.main(["evaluate", *asked, "--to", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["reference"]["count"] == 9
+
+
+def test_pictures_of_two_sizes_do_not_compare_offline(run, tmp_path, capsys):
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((4, 2 * SIZE, SIZE, 3), np.uint8))
+    asked = [
+        "--samples",
+        str(tmp_path / "large.npz"),
+        "--reference",
+        str(run.parent / "data"),
+        "--features",
+        "offline",
+    ]
+    assert cli.main(["evaluate", *asked]) == 2
+    assert f"its pictures are {SIZE}x{SIZE}, the samples {SIZE}x{2 * SIZE}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("", "--samples, --checkpoint: give one of them"),
+        ("--samples RUN --checkpoint RUN", "give one of them"),
+        ("--samples RUN", "--reference: say what"),
+        ("--checkpoint RUN", "--num: how many"),
+        ("--checkpoint RUN --num 0", "--num: must be at least 1"),
+        ("--checkpoint nowhere --num 4", "no such file or folder nowhere"),
+        ("--samples RUN --reference RUN --keep x", "--keep"),
+        ("--checkpoint RUN --num 4 --to x.txt", "should end in .json"),
+        ("--checkpoint RUN --num 4 --reference-num 1", "--reference-num: at least 2"),
+        ("--checkpoint RUN --num 4 --features offline --classes dog", "no class is called 'dog'"),
+        ("--checkpoint RUN --num 4 --features dinov2", "dinov2 needs weights"),
+        ("--checkpoint RUN --num 4 --features-path no.pth", "no such file of Inception weights|needs torch-fidelity"),
+        ("--checkpoint RUN --num 4 --features offline --reference nowhere", "nowhere: no such file"),
+        ("--samples DATA --reference DATA --num 99 --features offline", "--num: 99, but"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(run, argv, words, capsys):
+    named = {"RUN": str(run), "DATA": str(run.parent / "data")}
+    assert cli.main(["evaluate", *(named.get(word, word) for word in argv.split())]) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error) and error.strip().count("\n") == 0, error
+
+
+def test_latents_without_a_vae_and_a_checkpoint_outside_a_run_say_what_to_give(tmp_path, capsys):
+    from tests.trainer.synthetic_run import manifest
+
+    folder = export(tmp_path / "latents", tiny_model(4), data=manifest(4, "latents"))
+    asked = ["--num", "4", "--steps", "1", "--features", "offline", "--device", "cpu"]
+    assert cli.main(["evaluate", "--checkpoint", str(folder), *asked]) == 2
+    assert "--vae: this model draws latents" in capsys.readouterr().err
+    folder = export(tmp_path / "pixels", tiny_model(3))
+    assert cli.main(["evaluate", "--checkpoint", str(folder), *asked]) == 2
+    assert "--reference:" in capsys.readouterr().err
+
+
+def test_classes_are_drawn_in_turn_and_the_table_names_what_it_shows(run):
+    from trainer.drawing import load_source
+    from trainer.sampling.bulk import choose_labels
+
+    labels = choose_labels("all", 10, load_source(run, "cpu"), 0)
+    assert np.bincount(labels, minlength=len(CLASSES)).tolist() == [3, 3, 2, 2]
+    record = {
+        "metrics": {"frechet": 2.0, "sfid": None, "inception_score": 9.0, "precision": 0.5, "recall": None}, "count": 4,
+        "features": {"name": "inception"}, "reference": {"count": None, "path": "a.npz"}, "samples": {"path": "b"},
+        "sampling": {"retained_share": 0.25},
+    }  # fmt: skip
+    text = evaluate.table(record)
+    assert "FID  " in text and "2.0000" in text and "25.0%" in text and "statistics of a.npz" in text
+    assert "sFID" not in text and "recall" not in text
+
+
+def test_the_reference_of_a_run_is_the_data_it_trains_on(run):
+    found = evaluate.run_data(SimpleNamespace(path=run / "checkpoints" / "x" / "ema"))
+    assert open_pictures(found).about["split"] == "train"
+    with pytest.raises(UserError, match="--reference"):
+        evaluate.run_data(SimpleNamespace(path=run.parent))

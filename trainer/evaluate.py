@@ -1,0 +1,360 @@
+"""`dcdit evaluate`: how far pictures are from real ones.
+
+    dcdit evaluate --samples samples/b --reference VIRTUAL_imagenet256_labeled.npz     # pictures drawn before
+    torchrun --nproc_per_node=8 -- trainer/evaluate.py --checkpoint runs/b --num 50000 --steps 250 --guidance 1.5 \\
+        --vae sd-vae-ft-ema --reference VIRTUAL_imagenet256_labeled.npz                # drawn now, not kept
+    dcdit evaluate --checkpoint runs/demo --num 512 --features offline                 # against the run's own data
+
+docs/evaluation.md says what each number means and what it compares with.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # as a script, sys.path[0] is trainer/: put the root there instead
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+from model.errors import UserError
+from trainer.sampling.arguments import add_model_flags, add_sampler_flags, check
+
+REFERENCE_NUM = 50_000
+NAMES = {
+    "offline": "Frechet distance (offline features; compares with itself alone)",
+    "inception": "FID",
+    "dinov2": "FD-DINOv2",
+}
+ROWS = (
+    ("sfid", "sFID", "{:.4f}"), ("inception_score", "inception score", "{:.3f}"), ("precision", "precision", "{:.4f}"),
+    ("recall", "recall", "{:.4f}"), ("retained_share", "tokens kept", "{:.1%}"),
+    ("gflops_per_image", "GFLOPs per picture", "{:.4g}"), ("images_per_s", "pictures/s", "{:.3g}"),
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    from trainer.parallel.world import rank_and_size
+
+    try:
+        check_flags(args)
+        return run(args)
+    except UserError:
+        if rank_and_size()[0]:  # mostly the same on every rank: rank 0 says it, and that ends the others
+            time.sleep(15)
+        raise
+
+
+def parser() -> argparse.ArgumentParser:
+    text = argparse.ArgumentParser(
+        prog="dcdit evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = text.add_argument_group("what is measured").add_argument
+    add(
+        "--samples",
+        metavar="PATH",
+        help="pictures drawn before: a folder of PNG files or tars, a tar, an ADM .npz",
+    )
+    add(
+        "--num",
+        type=int,
+        metavar="N",
+        help="pictures to draw from --checkpoint, or to take of --samples (all)",
+    )
+    add(
+        "--classes",
+        default="all",
+        help="of what is drawn, as `dcdit sample` takes them (default: all, in turn)",
+    )
+    add("--keep", metavar="DIR", help="keep what is drawn, as PNG files")
+    add("--reference", metavar="PATH", help="an ADM .npz, a folder or tar of pictures, or prepared data as DIR or "
+        "DIR:SPLIT (default with --checkpoint: the train split of the run's own data)")  # fmt: skip
+    add("--reference-num", type=int, default=REFERENCE_NUM, metavar="N",
+        help=f"at most this many of its pictures, evenly spread (default: {REFERENCE_NUM})")  # fmt: skip
+    add = text.add_argument_group("how").add_argument
+    add("--features", choices=tuple(NAMES)[::-1], default="inception",
+        help="dinov2, inception (FID), or offline, which needs no download (default: inception)")  # fmt: skip
+    add("--features-path", metavar="PATH", help="inception: a local weights file (default: torch-fidelity's download); "
+        "dinov2: a transformers folder, or `hub` to download")  # fmt: skip
+    add("--precision-recall", action=argparse.BooleanOptionalAction, default=True,
+        help="also precision and recall, which need every feature in memory (default: yes)")  # fmt: skip
+    add("--to", metavar="FILE.json", help="default: evaluation/ in the run's folder, or beside the samples")
+    add_model_flags(text, required=False)
+    add_sampler_flags(text)
+    return text
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for what can be told without reading anything."""
+    check(args)
+    if bool(args.samples) == bool(args.checkpoint):
+        raise UserError("--samples, --checkpoint: give one of them, pictures or what draws them")
+    if args.samples and not args.reference:
+        raise UserError(
+            "--reference: say what the samples are compared with: an ADM .npz, pictures, or prepared data"
+        )
+    if args.checkpoint and args.num is None:
+        raise UserError(
+            "--num: how many pictures to draw? 50000 is usual for FID, a few hundred for a first look"
+        )
+    if args.reference_num < 2:
+        raise UserError(f"--reference-num: at least 2, not {args.reference_num}")
+    if args.samples and args.keep:
+        raise UserError("--keep: the samples are there already; it goes with --checkpoint")
+    if args.to and Path(args.to).suffix != ".json":
+        raise UserError(f"--to: {args.to} should end in .json")
+    for name in ("samples", "checkpoint"):
+        path = getattr(args, name)
+        if path and not Path(path).expanduser().exists():
+            raise UserError(f"--{name}: no such file or folder {path}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command, by the processes torchrun started; returns the exit status."""
+    from trainer.parallel import close_world, open_world
+    from trainer.sampling.source import pick_device
+
+    pick_device(args.device)
+    world = open_world(timeout_minutes=60, device=args.device.partition(":")[0])
+    try:
+        device = args.device if ":" in args.device else str(world.device)
+        record = Evaluation(args, world, device).run()
+        if world.main:
+            file = target(args, record)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(record, indent=1) + "\n")
+            print(table(record) + f"\n\n{file}", flush=True)
+        world.barrier()
+    finally:
+        close_world()
+    return 0
+
+
+class Evaluation:
+    """One evaluation, by all processes of `world` together."""
+
+    def __init__(self, args: argparse.Namespace, world: Any, device: str) -> None:
+        from trainer.sampling.arguments import load_guide, settings_from
+        from trainer.sampling.decode import load_vae
+        from trainer.sampling.progress import Line
+        from trainer.sampling.source import load_source
+
+        self.args, self.world, self.device, self.line = args, world, device, Line()
+        self.vae = load_vae(args.vae, device) if args.vae else None
+        self.source = self.settings = self.guide = self.budget = None
+        if args.checkpoint:
+            self.source = load_source(args.checkpoint, device, args.heads, args.sigma)
+            self.guide = load_guide(args, self.source, device)
+            self.settings = settings_from(args, self.source)
+            if self.source.latent and self.vae is None:
+                raise UserError(
+                    "--vae: this model draws latents, and features are of pictures; give the AutoencoderKL's folder"
+                )
+            if args.budget is not None:
+                from trainer.elastic import with_budget
+
+                self.settings, self.budget = with_budget(args.budget, self.settings, self.source, self.guide)
+        self.features = self._features()
+
+    def _features(self) -> Any:
+        """The feature set: loaded by rank 0 first, which may have to download it."""
+        from trainer.evaluation import features
+
+        for turn in (True, False):
+            if self.world.main is turn:
+                loaded = features.load(self.args.features, self.args.features_path, self.device)
+            self.world.barrier()
+        return loaded
+
+    def run(self) -> dict[str, Any]:
+        """Everything that is worth recording; the numbers are of rank 0."""
+        import torch
+
+        args, started = self.args, time.monotonic()
+        reference = self._reference()
+        found, drawn = self._draw() if self.source is not None else self._read()
+        self._say("")
+        metrics = reference.compare(found, self.device) if self.world.main else {}
+        return {
+            "metrics": metrics, "features": self.features.about, "reference": reference.about,
+            "count": found.moments.count, **drawn, "precision_recall": args.precision_recall,
+            "device": torch.device(self.device).type, "processes": self.world.size, "torch": torch.__version__,
+            "seconds": round(time.monotonic() - started, 1),
+        }  # fmt: skip
+
+    def _reference(self) -> Any:
+        from trainer.evaluation.images import open_pictures
+        from trainer.evaluation.reference import load_reference
+
+        args = self.args
+        text = args.reference or run_data(self.source)
+        return load_reference(
+            text, self.features, self.world, lambda: open_pictures(text, decoder(self.vae, args.vae_batch)),
+            args.reference_num, args.batch, args.precision_recall, self._progress("reference"),
+        )  # fmt: skip
+
+    def _read(self) -> tuple[Any, dict[str, Any]]:
+        """Features of pictures that are there, and what is known of them."""
+        from trainer.evaluation.collect import collect
+        from trainer.evaluation.images import open_pictures
+
+        args = self.args
+        pictures = open_pictures(args.samples, decoder(self.vae, args.vae_batch))
+        if args.num and args.num > len(pictures):
+            raise UserError(f"--num: {args.num}, but {args.samples} has {len(pictures)} pictures")
+        found = collect(
+            pictures,
+            self.features,
+            self.world,
+            args.num,
+            args.batch,
+            args.precision_recall,
+            self._progress("samples"),
+        )
+        return found, {"samples": pictures.about, "sampling": sampling_record(args.samples)}
+
+    def _draw(self) -> tuple[Any, dict[str, Any]]:
+        """Features of pictures drawn now, and how they were."""
+        from trainer.evaluation.collect import Collector
+        from trainer.evaluation.draw import Sink, draw
+        from trainer.sampling.bulk import choose_labels
+
+        args, source, world, started = self.args, self.source, self.world, time.monotonic()
+        labels = choose_labels(args.classes, args.num, source, args.seed).tolist()
+        found = Collector(self.features, args.num, args.precision_recall)
+
+        def on_step(begun: int, step: int) -> None:
+            share = (begun + args.batch * world.size * (step + 1) / self.settings.steps) / args.num
+            left = (time.monotonic() - started) * (1 / max(share, 1e-6) - 1)
+            self._say(f"drawing {min(share, 1):.0%} of {args.num}  left {max(left, 0):.0f} s")
+
+        cost = draw(
+            source, labels, self.settings, found, world, vae=self.vae, vae_batch=args.vae_batch, guide=self.guide,
+            on_step=on_step, sink=Sink(write=keeper(args.keep) if args.keep else None),
+        )  # fmt: skip
+        return found, {
+            "checkpoint": str(source.path), "images_seen": source.run.get("images"), "classes": args.classes,
+            "settings": self.settings.record(source), "budget": self.budget, "vae": args.vae,
+            "autoguidance": str(self.guide.path) if self.guide else None, **cost.record(),
+        }  # fmt: skip
+
+    def _progress(self, what: str) -> Any:
+        return lambda done, total: self._say(f"{what} {done:,} of {total:,}")
+
+    def _say(self, text: str) -> None:
+        if self.world.main:
+            self.line.show(text)
+
+
+def decoder(vae: Any, batch: int = 8) -> Any:
+    """Latents as the VAE gives them, (n, C, h, w) float32, to (n, 3, H, W) uint8; None without a VAE."""
+    from trainer.evaluation.images import as_pictures
+    from trainer.sampling.decode import decode
+
+    if vae is None:
+        return None
+
+    def run(latents: np.ndarray) -> np.ndarray:
+        import torch
+
+        return as_pictures(decode(vae, torch.from_numpy(latents), 1.0, batch))
+
+    return run
+
+
+def keeper(folder: str) -> Any:
+    """Writes pictures into `folder` by their numbers, as `dcdit sample --num` does.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from trainer.pictures import save_png
+
+    def write(shots: Any, numbers: np.ndarray) -> None:
+        try:
+            for shot, number in zip(shots, numbers.tolist(), strict=True):
+                save_png(shot, Path(folder) / f"{number:09d}.png")
+        except OSError as error:
+            raise UserError(f"--keep: cannot write to {folder}: {error.strerror or error}") from None
+
+    return write
+
+
+def run_data(source: Any) -> str:
+    """The folder of prepared data that the run of `source` trains on.
+
+    Raises:
+        UserError: the checkpoint is not in a run.
+    """
+    from trainer.config import load_config
+
+    run = run_folder(source.path)
+    if run is None or not (run / "config.yaml").is_file():
+        raise UserError(
+            f"--reference: {source.path} is not in a run whose config.yaml names its data; say which"
+        )
+    return load_config(run / "config.yaml").data.path
+
+
+def run_folder(path: Path) -> Path | None:
+    return next((p.parent for p in path.parents if p.name == "checkpoints"), None)
+
+
+def sampling_record(samples: str) -> dict[str, Any] | None:
+    """What `dcdit sample` wrote of the pictures, if it did."""
+    from trainer.sampling.store import RECORD
+
+    path = Path(samples).expanduser()
+    file = (path if path.is_dir() else path.parent) / RECORD
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def target(args: argparse.Namespace, record: dict[str, Any]) -> Path:
+    """Where the JSON goes."""
+    if args.to:
+        return Path(args.to)
+    parts = [args.features, str(record["count"])]
+    if args.samples:
+        path = Path(args.samples).expanduser().absolute()
+        return path.with_name(f"{path.stem if path.is_file() else path.name}-{'-'.join(parts)}.json")
+    drop = str(args.tail_drop or "0") if args.budget is None else f"budget{args.budget}"
+    parts += [f"{record['settings']['steps']}steps", f"drop{drop}", f"seed{args.seed}"]
+    parts += [f"guidance{args.guidance:g}"] if args.guidance != 1 else []
+    folder = run_folder(Path(record["checkpoint"])) or Path()
+    name = "-".join([f"{int(record['images_seen'] or 0):012d}", *parts]).replace(":", "_")
+    return folder / "evaluation" / f"{name}.json"
+
+
+def table(record: dict[str, Any]) -> str:
+    """The numbers as lines for a person."""
+    reference, metrics = record["reference"], record["metrics"]
+    against = "statistics" if reference["count"] is None else f"{reference['count']:,} pictures"
+    split = f":{reference['split']}" if reference.get("split") else ""
+    lines = [
+        (
+            "samples",
+            f"{record['count']:,} pictures of {record.get('checkpoint') or record['samples']['path']}",
+        ),
+        ("reference", f"{against} of {reference['path']}{split}"),
+        (NAMES[record["features"]["name"]], f"{metrics['frechet']:.4f}"),
+    ]
+    values = {**(record.get("sampling") or {}), **record, **metrics}
+    lines += [(name, form.format(values[key])) for key, name, form in ROWS if values.get(key) is not None]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+if __name__ == "__main__":
+    from trainer.cli import main as dispatch
+
+    raise SystemExit(dispatch(["evaluate", *sys.argv[1:]]))
