@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from model.errors import UserError
 
-ROUTERS = ("spatial", "cosine")
+ROUTERS = ("spatial", "cosine", "random")
 ATTENTION_BACKENDS = ("auto", "flash3", "flash2", "torch_varlen", "sdpa")
 OPS_BACKENDS = ("auto", "native", "triton", "torch")
 PACKINGS = ("exact", "capacity")

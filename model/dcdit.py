@@ -51,7 +51,7 @@ class DCDiT(Pretrained, nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, D)
         self.encoder = ConvStack((E, E, D), D)
         self.residual_proj = Float32Linear(D, D)
-        self.router = make_router(config.router, D)
+        self.router = make_router(config.router, D, config.target_ratio)
         self.gates = gate_router(config)
         self.backbone = Backbone(D, config.depth, config.num_heads, config.mlp_ratio, final_norm=True)
         self.decoder = ConvStack((D, E, E), D)
@@ -125,7 +125,7 @@ class DCDiT(Pretrained, nn.Module):
 
         The spatial router begins as a local-mean predictor, its logits with unit deviation (see SpatialRouter);
         the release begins with random filters and 2 to 17 tokens of 1024. Returns the share of positive logits
-        before. The cosine router has nothing to set: only its share is returned. Call it before the model is
+        before. The other routers have nothing to set: only their share is returned. Call it before the model is
         sharded, with the same batch on every rank.
         """
         grid = check_inputs(self.config, x, t, y)

@@ -68,8 +68,10 @@ def _conv_stack(cells: int, widths: Sequence[int], cond: int, extras: bool) -> f
 
 
 def _routing(config, cells: int, extras: bool) -> float:
-    """Boundary probabilities of `cells` tokens, either router."""
+    """Boundary probabilities of `cells` tokens; by chance they cost nothing."""
     width = config.hidden_size
+    if config.router == "random":
+        return 0.0
     if config.router == "cosine":
         flops = 2 * linear(cells, width, width) + linear(cells, 9, width)
         # Two l2 norms (square, add, divide) and the product of q and k.

@@ -117,8 +117,40 @@ class CosineRouter(nn.Module):
         nn.init.constant_(self.mean.weight, 1 / 9)
 
 
-def make_router(kind: str, width: int) -> SpatialRouter | CosineRouter:
-    """The router of that name, "spatial" or "cosine"."""
+class RandomRouter(nn.Module):
+    """Boundaries by chance, a share 1/N of the tokens: the control of DC-DiT v1, which has nothing to learn.
+
+    Uniform numbers are hashed from the bits of each token's first channels, so that the choice is a function of the
+    input alone: no generator is part of the run's state, and a resumed run chooses the same. p is uniform on (0.5, 1]
+    for the chosen tokens, so that a tail drop, too, is by chance, and on [0, 0.5] for the others; it has no gradient.
+    """
+
+    CHANNELS = 4
+    MASK = 0xFFFFFFFF
+
+    def __init__(self, target_ratio: float) -> None:
+        super().__init__()
+        self.share = 1 / target_ratio
+
+    def forward(self, x_BLD: Tensor, grid: Grid) -> Tensor:
+        words = x_BLD[..., : self.CHANNELS].detach().float().contiguous().view(torch.int32).long() & self.MASK
+        state = torch.zeros_like(words[..., 0])
+        for word in words.unbind(-1):  # multiply, and bring the high bits down, as hashes of integers do
+            state = ((state ^ word) * 0x9E3779B1) & self.MASK
+            state = ((state ^ (state >> 15)) * 0x85EBCA6B) & self.MASK
+            state = state ^ (state >> 13)
+        u = (state >> 8).float() * 2.0**-24
+        p = torch.where(u < self.share, 1 - u / (2 * self.share), (1 - u) / (2 * (1 - self.share)))
+        return force_ends(p)
+
+    def reset(self) -> None:
+        pass
+
+
+def make_router(kind: str, width: int, target_ratio: float) -> SpatialRouter | CosineRouter | RandomRouter:
+    """The router of that name: "spatial", "cosine" or "random"."""
+    if kind == "random":
+        return RandomRouter(target_ratio)
     return {"spatial": SpatialRouter, "cosine": CosineRouter}[kind](width)
 
 

@@ -167,7 +167,7 @@ class Config:
 
 
 CHOICES = {
-    "model.router": ("spatial", "cosine"),
+    "model.router": ("spatial", "cosine", "random"),
     "model.packing": ("exact", "capacity"),
     "model.router_start": ("calibrated", "released"),
     "diffusion.kind": ("gaussian", "flow"),

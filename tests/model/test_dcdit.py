@@ -53,7 +53,7 @@ def test_images_do_not_see_each_other():
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (6, 10), (1, 9), (13, 4)])
-@pytest.mark.parametrize("router", ["spatial", "cosine"])
+@pytest.mark.parametrize("router", ["spatial", "cosine", "random"])
 def test_any_grid(grid, router):
     model = tiny_dcdit(router=router)
     x, t, y = batch(model.config, 2, grid=grid)
@@ -92,7 +92,7 @@ def test_channels_and_heads(changes):
     assert out.sample.shape == (2, model.config.out_channels, 8, 8)
 
 
-@pytest.mark.parametrize("router", ["spatial", "cosine"])
+@pytest.mark.parametrize("router", ["spatial", "cosine", "random"])
 @pytest.mark.parametrize("factor", [1, 2])
 def test_gradient_reaches_every_parameter(router, factor):
     model = tiny_dcdit(router=router, enc_dec_dim_factor=factor, hidden_size=128)

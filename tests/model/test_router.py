@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import DCDiT, preset, ratio_loss
-from model.router import CosineRouter, SpatialRouter
+from model.router import CosineRouter, SpatialRouter, make_router
 from tests.model.conftest import batch, liven, tiny_config, tiny_dcdit
 
 
@@ -50,6 +50,27 @@ def test_cosine_router_against_its_formula():
     torch.testing.assert_close(router(x, (3, 4))[0, 1:-1], want[1:-1])
     flat = router(torch.ones(1, 25, 8), (5, 5)).view(5, 5)[1:-1, 1:-1]
     torch.testing.assert_close(flat, torch.zeros(3, 3), atol=1e-6, rtol=0)
+
+
+def test_random_router_keeps_the_target_share_by_chance_and_repeats_it():
+    torch.manual_seed(0)
+    for N in (4.0, 16.0):
+        router, x = make_router("random", 8, N), torch.randn(64, 256, 8, requires_grad=True)
+        p = router(x, (16, 16))
+        inner = p[:, 1:-1].flatten()
+        assert not p.requires_grad and p.dtype == torch.float32 and bool(((p >= 0) & (p <= 1)).all())
+        assert (inner > 0.5).float().mean().item() == pytest.approx(1 / N, abs=0.012)
+        # Uniform below and above one half, so that a tail drop is by chance as well.
+        for half in (inner[inner > 0.5] - 0.5, inner[inner <= 0.5]):
+            assert half.mean().item() == pytest.approx(0.25, abs=0.01)
+        assert torch.equal(p, router(x, (16, 16)))  # a function of the input
+        neighbours = torch.corrcoef(torch.stack([inner[:-1], inner[1:]]))[0, 1]
+        assert abs(neighbours) < 0.03
+        images = torch.corrcoef(torch.stack([p[:-1, 1:-1].flatten(), p[1:, 1:-1].flatten()]))[0, 1]
+        assert abs(images) < 0.03
+        close = router(x + 1e-6, (16, 16))[:, 1:-1].flatten()  # the next bits: another draw
+        assert abs(torch.corrcoef(torch.stack([inner, close]))[0, 1]) < 0.1
+    assert list(router.parameters()) == []
 
 
 def test_routers_ignore_autocast_and_weight_precision():

@@ -37,12 +37,10 @@ class FSDP(TorchEngine):
         exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.backbone.blocks:
             fully_shard(block, mesh=self.mesh, mp_policy=compute)
-        for name in ("router", "residual_proj"):  # fp32 whatever the precision of the rest (DC-DiT v2 §3.3)
-            if hasattr(model, name):
-                fully_shard(getattr(model, name), mesh=self.mesh, mp_policy=exact)
-        for name in ("encoder", "decoder"):
-            if hasattr(model, name):
-                fully_shard(getattr(model, name), mesh=self.mesh, mp_policy=compute)
+        for unit in parts(model, "router", "residual_proj"):  # fp32 whatever the rest is (DC-DiT v2 §3.3)
+            fully_shard(unit, mesh=self.mesh, mp_policy=exact)
+        for unit in parts(model, "encoder", "decoder"):
+            fully_shard(unit, mesh=self.mesh, mp_policy=compute)
         # The root, too, is sharded again after a forward: an evaluation has no backward that would do it.
         fully_shard(model, mesh=self.mesh, mp_policy=compute, reshard_after_forward=True)
         prefetch(model)
@@ -59,14 +57,20 @@ class FSDP(TorchEngine):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+def parts(model: nn.Module, *names: str) -> list[nn.Module]:
+    """The submodules of these names that the model has and that hold weights."""
+    found = [getattr(model, name, None) for name in names]
+    return [part for part in found if part is not None and next(part.parameters(), None) is not None]
+
+
 def prefetch(model: nn.Module) -> None:
     """Each unit asks for the weights of the next one, in the order of the forward pass.
 
     FSDP's own prefetch relies on a host that runs ahead of the device. Ours waits once, after the router, for the
     packed length: by then the first block's weights must be on their way.
     """
-    units = [getattr(model, name, None) for name in ("encoder", "router", "residual_proj")]
-    units = [u for u in [*units, *model.backbone.blocks, getattr(model, "decoder", None)] if u is not None]
+    units = parts(model, "encoder", "router", "residual_proj")
+    units += [*model.backbone.blocks, *parts(model, "decoder")]
     for unit, following in zip(units, units[1:], strict=False):
         unit.set_modules_to_forward_prefetch([following])
 
