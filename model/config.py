@@ -30,8 +30,10 @@ class DCDiTConfig:
     2.0 at 64 x 64). packing: "exact", as many packed rows as the router chose, or "capacity", in
     training mode always ceil(capacity_factor * B * L / N) rows: no host read, the least probable tokens of the
     batch go where they do not fit. dydit: None, or the share of the backbone's FLOPs that DyDiT's gates learn to spend
-    (model/dydit.py). allow_narrow_encoder: accept E = 32, where GroupNorm(32) cancels the conditioning of
-    encoder and decoder exactly; only for checkpoints that were made so.
+    (model/dydit.py). cond_adaptor: encoder and decoder read the condition through a LayerNorm of their own (upcycling,
+    DC-DiT v1 §4.3). position_stride: P, the position table counts in patches of P pixels, as a DiT/P does, a pixel
+    standing at (i + 1/2) / P - 1/2; 1 counts pixels. allow_narrow_encoder: accept E = 32, where GroupNorm(32)
+    cancels the conditioning of encoder and decoder exactly; only for checkpoints that were made so.
     """
 
     hidden_size: int = 384
@@ -51,6 +53,8 @@ class DCDiTConfig:
     attention_backend: str = "auto"
     ops_backend: str = "auto"
     dydit: float | None = None
+    cond_adaptor: bool = False
+    position_stride: int = 1
     allow_narrow_encoder: bool = False
 
     def __post_init__(self) -> None:
@@ -74,6 +78,9 @@ class DCDiTConfig:
             raise UserError(f"router={self.router!r} is not one of {', '.join(ROUTERS)}")
         if self.ops_backend not in OPS_BACKENDS:
             raise UserError(f"ops_backend={self.ops_backend!r} is not one of {', '.join(OPS_BACKENDS)}")
+        if not isinstance(self.cond_adaptor, bool):
+            raise UserError(f"cond_adaptor={self.cond_adaptor!r} must be true or false")
+        _check_int("position_stride", self.position_stride)
         if not _number(self.target_ratio) or self.target_ratio <= 1:
             raise UserError(f"target_ratio={self.target_ratio!r} must be a number above 1")
         if not _number(self.dechunk_sigma) or self.dechunk_sigma <= 0:

@@ -13,7 +13,14 @@ from model import attention, chunking
 from model.blocks import Backbone, ConvStack, FinalLayer, Grid, init_linears, zero
 from model.config import DCDiTConfig
 from model.dydit import GateRouter, Gates, PendingWidths
-from model.embeddings import LabelEmbedder, TimestepEmbedder, TokenEmbedder, grid_positions, position_table
+from model.embeddings import (
+    ConditionAdaptor,
+    LabelEmbedder,
+    TimestepEmbedder,
+    TokenEmbedder,
+    grid_positions,
+    position_table,
+)
 from model.linear import Float32Linear
 from model.pretrained import Pretrained
 from model.router import SpatialRouter, make_router
@@ -49,6 +56,7 @@ class DCDiT(Pretrained, nn.Module):
         self.x_embedder = TokenEmbedder(config.in_channels, E)
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = LabelEmbedder(config.num_classes, D)
+        self.cond_adaptor = ConditionAdaptor(D) if config.cond_adaptor else nn.Identity()
         self.encoder = ConvStack((E, E, D), D)
         self.residual_proj = Float32Linear(D, D)
         self.router = make_router(config.router, D, config.target_ratio)
@@ -83,7 +91,8 @@ class DCDiT(Pretrained, nn.Module):
         t_BD = self.t_embedder(t)
         c_BD = t_BD + self.y_embedder(y)
         widths = PendingWidths(self.gates(t_BD), self.training) if self.gates else None
-        x_BLD = self.encoder(x_BLE, c_BD, grid)
+        adapted_BD = self.cond_adaptor(c_BD)
+        x_BLD = self.encoder(x_BLE, adapted_BD, grid)
 
         boundary_prob_BL = self.router(x_BLD, grid)
         selected = chunking.select(boundary_prob_BL, tail_drop, backend, self._capacity(boundary_prob_BL))
@@ -100,7 +109,7 @@ class DCDiT(Pretrained, nn.Module):
             h_TD, reused = cache.run(self.backbone, packed, c_BD, open_widths, dense_BLD, routing)
         x_BLD = chunking.dechunk(h_TD, routing, residual_BLD, self.config.dechunk_sigma, backend)
 
-        x_BLE = self.decoder(x_BLD, c_BD, grid)
+        x_BLE = self.decoder(x_BLD, adapted_BD, grid)
         x_BLC = self.final_layer(x_BLE, c_BD)
         gates = widths and widths.report(self.config, packed.cu_seqlens.diff())
         return DCDiTOutput(unpatchify(x_BLC, grid), routing, gates, reused)
@@ -116,8 +125,12 @@ class DCDiT(Pretrained, nn.Module):
             module.reset()
         if self.gates:
             self.gates.reset()
+        if self.config.cond_adaptor:
+            self.cond_adaptor.reset_parameters()
         zero(self.residual_proj)
-        self.pos_embed.copy_(position_table(self.config.hidden_size, self.config.input_size)[None])
+        config = self.config
+        table = position_table(config.hidden_size, config.input_size, config.position_stride)
+        self.pos_embed.copy_(table[None])
 
     @torch.no_grad()
     def calibrate_router(self, x: Tensor, t: Tensor, y: Tensor) -> float:
@@ -130,7 +143,7 @@ class DCDiT(Pretrained, nn.Module):
         """
         grid = check_inputs(self.config, x, t, y)
         c_BD = self.t_embedder(t) + self.y_embedder(y)
-        x_BLD = self.encoder(self.x_embedder(x), c_BD, grid)
+        x_BLD = self.encoder(self.x_embedder(x), self.cond_adaptor(c_BD), grid)
         if not isinstance(self.router, SpatialRouter):
             return (self.router(x_BLD, grid) > 0.5).float().mean().item()
         share = (self.router.logits(x_BLD, grid) > 0).float().mean().item()
@@ -152,7 +165,8 @@ class DCDiT(Pretrained, nn.Module):
     def _positions(self, grid: Grid) -> Tensor:
         if grid == self.config.input_size:
             return self.pos_embed[0]
-        return grid_positions(self.config.hidden_size, grid, self.pos_embed.device)
+        config = self.config
+        return grid_positions(config.hidden_size, grid, self.pos_embed.device, config.position_stride)
 
 
 def check_inputs(config, x: Tensor, t: Tensor, y: Tensor) -> Grid:

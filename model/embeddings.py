@@ -8,6 +8,7 @@ import math
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.linear import stream_dtype
@@ -74,6 +75,19 @@ class LabelEmbedder(nn.Module):
         nn.init.normal_(self.table.weight, std=0.02)
 
 
+class ConditionAdaptor(nn.LayerNorm):
+    """c (B, D) -> (B, D): the LayerNorm through which a new encoder and decoder read the condition of a pretrained
+    model (DC-DiT v1 §4.3), in the stream's dtype."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, c_BD: Tensor) -> Tensor:
+        dtype = stream_dtype(self.weight)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(c_BD.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+
 def sinusoids(t_B: Tensor, max_period: float = 10000.0) -> Tensor:
     """(B,) -> (B, 256) float32: cos then sin of t at geometrically spaced frequencies."""
     half = FREQUENCIES // 2
@@ -82,13 +96,19 @@ def sinusoids(t_B: Tensor, max_period: float = 10000.0) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def position_table(width: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D sin-cos code (H*W, D) float32 on the CPU: D/2 for the column, then D/2 for the row (DiT)."""
+def position_table(width: int, grid: tuple[int, int], stride: int = 1) -> Tensor:
+    """Fixed 2-D sin-cos code (H*W, D) float32 on the CPU: D/2 for the column, then D/2 for the row (DiT).
+
+    stride: P, places count in patches of P pixels, so that the mean place of a patch's pixels is the patch's own.
+    """
     H, W = grid
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width / 4))
 
     def code(n: int) -> Tensor:
-        angle = torch.arange(n, dtype=torch.float64, device="cpu")[:, None] * omega
+        place = (
+            torch.arange(n, dtype=torch.float64, device="cpu") + 0.5
+        ) / stride - 0.5  # exactly 0 .. n-1 at 1
+        angle = place[:, None] * omega
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
     columns = code(W)[None, :, :].expand(H, W, width // 2)
@@ -97,7 +117,7 @@ def position_table(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def grid_positions(width: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+def grid_positions(width: int, grid: tuple[int, int], device: torch.device, stride: int = 1) -> Tensor:
     """`position_table` on `device`, kept for the grids in use."""
     with torch.inference_mode(False):  # made while sampling, it may be used in training
-        return position_table(width, grid).to(device)
+        return position_table(width, grid, stride).to(device)

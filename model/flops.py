@@ -182,6 +182,7 @@ def _dcdit(
     }
     if extras:
         parts["residual"] = linear(cells, width, width, extras) + cells * width  # projection, adding it
+        parts["embed"] += (NORM + AFFINE) * width * config.cond_adaptor
         parts["backbone"] += tokens * width * (1 + RMS_NORM)  # positions at the entry, RMSNorm at the exit
         # Per pair: squared distance, exp, weight, sum; per retained row: normalise and blend; per cell: the
         # gate.

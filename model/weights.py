@@ -1,7 +1,7 @@
 """Read the published checkpoints of DC-DiT and DiT, and translate names to and from theirs.
 
 - `load_released(path)`: a DC-DiT `.pt` of the authors' release, as a DCDiT. `load_dit(path)`: a DiT `.pt` of
-  facebookresearch/DiT, as a DiT. Sizes are read from the tensors' shapes.
+  facebookresearch/DiT, as a DiT; `read_dit_config(path)`: its sizes alone. Sizes are read from the tensors' shapes.
 - `to_released(state_dict)`, `from_released(state_dict)`: our state dict with their names, and back.
   `released_name(name)`: one name. Tensors are the same objects: no shape, order or layout differs.
 
@@ -19,6 +19,7 @@ The names, ours and theirs (blocks of DC-DiT's backbone and of DiT hold the same
                                                           k_proj_layer, k_mean
     backbone.blocks.n.{attention,mlp}, modulation         M.layers.n.{attn,mlp}, adaLN_modulation.1
     backbone.norm                                         M.rmsnorm
+    cond_adaptor (none is published)                      the same
     final_layer.linear, modulation                        final_layer.linear, adaLN_modulation.1
 
 M is hnet.main_network.main_network. A DiT has `blocks.n` where DC-DiT has `M.layers.n`, and no M.rmsnorm.
@@ -123,6 +124,22 @@ def load_dit(path: str | os.PathLike, heads: int | None = None) -> DiT:
     The file does not say how many heads there are: they are known for the sizes S, B, L and XL, else give
     them here. Raises UserError as `load_released` does.
     """
+    config, state = _dit_file(path, heads)
+    return _build(DiT, config, state, path)
+
+
+def read_dit_config(path: str | os.PathLike, heads: int | None = None) -> DiTConfig:
+    """The sizes of the DiT that `load_dit` would read, every tensor's name and shape checked, no weight read.
+
+    Raises UserError as `load_dit` does.
+    """
+    config, state = _dit_file(path, heads)
+    _check_shapes(DiT, config, state, path)
+    return config
+
+
+def _dit_file(path, heads: int | None) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """The sizes and the tensors of a published DiT file."""
     content = _read(path)
     state = _state_of(path, content, "ema", marker="x_embedder.proj.weight")
     _check_names(path, state, "DiT")
@@ -145,7 +162,7 @@ def load_dit(path: str | os.PathLike, heads: int | None = None) -> DiT:
         "learn_sigma": _learn_sigma(path, out, C * P * P),
         "mlp_ratio": _shape(path, state, "blocks.0.mlp.fc1.weight", 2)[0] / D,
     }
-    return _build(DiT, _config(path, DiTConfig, values), state, path)
+    return _config(path, DiTConfig, values), state
 
 
 def _rename(name: str, model: str, ours: int) -> str:
@@ -216,6 +233,7 @@ def _dcdit_config(path, state: dict[str, Tensor], heads: int, sigma: float) -> D
         "mlp_ratio": _shape(path, state, f"{_MAIN}.layers.0.mlp.fc1.weight", 2)[0] / D,
         "router": "cosine" if "hnet.routing_module.q_proj_layer.weight" in state else "spatial",
         "dechunk_sigma": float(sigma) if isinstance(sigma, (int, float)) else sigma,
+        "cond_adaptor": "cond_adaptor.weight" in state,
         "allow_narrow_encoder": E == 32,
     }
     if E == 32:
@@ -229,11 +247,15 @@ def _dcdit_config(path, state: dict[str, Tensor], heads: int, sigma: float) -> D
 
 def _build(cls, config, state: dict[str, Tensor], path):
     """The model of these published tensors, checked under their published names."""
+    _check_shapes(cls, config, state, path)
+    ours = from_released({name: value.float() for name, value in state.items()})
+    return build(cls, config, ours, str(path))
+
+
+def _check_shapes(cls, config, state: dict[str, Tensor], path) -> None:
     with torch.device("meta"):
         expected = to_released(cls(config).state_dict())
     check_state(expected, state, str(path))
-    ours = from_released({name: value.float() for name, value in state.items()})
-    return build(cls, config, ours, str(path))
 
 
 def _check_names(path, state: dict[str, Tensor], model: str) -> None:

@@ -17,6 +17,7 @@ COMMANDS = {
     "doctor": "what is installed, what will be used, and what to install for better",
     "prepare": "turn images or latents into MDS shards",
     "train": "start a run, or go on with it: the same command resumes",
+    "upcycle": "start a run from a pretrained DiT: its weights, then distillation, then training",
     "sample": "draw pictures from a run or a released checkpoint: a sheet, or any number of them",
     "sweep": "quality and compute of one checkpoint over the budget (rho), and its calibration",
     "evaluate": "FID and its kin: how far pictures are from real ones",

@@ -80,6 +80,18 @@ class TrainConfig:
 
 
 @dataclass
+class UpcycleConfig:
+    teacher: str | None = None
+    freeze_embedders: bool = True
+    distill: str = "blocks"
+    distill_images: int = 1_280_000
+    block_weight: float = 1.0
+    noise_weight: float = 0.5
+    variance_weight: float = 0.05
+    diffusion_weight: float = 1.0
+
+
+@dataclass
 class OptimizerConfig:
     name: str = "adamw"
     lr: float = 1e-4
@@ -155,6 +167,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -175,6 +188,7 @@ CHOICES = {
     "diffusion.time_sampling": ("uniform", "logit_normal"),
     "data.format": ("mds", "webdataset"),
     "train.precision": ("bf16", "fp32"),
+    "upcycle.distill": ("blocks", "hybrid", "both", "none"),
     "optimizer.name": ("adamw", "apex_fused_adam", "deepspeed_cpu_adam"),
     "parallel.engine": ("fsdp", "ddp", "deepspeed"),
     "parallel.zero_stage": (1, 2, 3),
@@ -193,7 +207,8 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "data.num_workers", "data.max_errors", "train.ratio_weight", "train.tail_drop_after", "optimizer.weight_decay",
-    "optimizer.warmup_images", "run.seed",
+    "optimizer.warmup_images", "run.seed", "upcycle.distill_images", "upcycle.block_weight", "upcycle.noise_weight",
+    "upcycle.variance_weight", "upcycle.diffusion_weight",
 )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The training loop. One step is ``train.global_batch_size`` images whatever the number of processes; everything
 random is a function of (run.seed, position in images), so the position is the whole state of the data.
 
-To change what is learned, override ``forward_backward`` (or ``predict``); nothing else knows the objective.
+To change what is learned, override ``forward_backward`` (or ``predict``, or ``objective``); nothing else knows the
+objective. ``trainer.upcycle`` is the example.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Trainer:
         self.micro = micro_batch(config, world.size)
         self.process = build_process(config)
         self.null_class = train.manifest.num_classes
-        model = build_model(config, train.manifest)
+        model = self._build_model()
         self.resume = self._find_checkpoint()
         self.start_share = None if self.resume else self._calibrate(model)
         bf16 = config.train.precision == "bf16"
@@ -161,8 +162,16 @@ class Trainer:
         there are any, and its gradient times ``scale``. Returns the detached parts for the log; nothing is read back
         to the host."""
         out, terms, _ = self.predict(self.model, batch, tail_drop)
+        loss, parts = self.objective(out, terms)
+        self.engine.backward(loss * scale)
+        return {"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}}
+
+    def objective(
+        self, out: Any, terms: Any, diffusion_weight: float = 1.0
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a micro-batch, and its parts for the log, unweighted."""
         diffusion = terms.total.mean()
-        loss, routing = diffusion, out.routing
+        loss, routing = diffusion * diffusion_weight, out.routing
         parts = {"loss_diffusion": diffusion, "loss_mse": terms.mse.mean(), "loss_vlb": terms.vlb.mean()}
         if routing is not None:
             ratio = ratio_loss(
@@ -185,8 +194,7 @@ class Trainer:
             budget = dydit.budget_loss(out.gates, target, train.ratio_group)
             loss = loss + dydit.WEIGHT * budget
             parts |= {"loss_flops": budget, "backbone_share": out.gates.spent.sum() / out.gates.full.sum()}
-        self.engine.backward(loss * scale)
-        return {"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}}
+        return loss, parts
 
     def predict(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], tail_drop: float) -> tuple:
         """Noise the images and run ``model``: (its output, the loss terms per image, the times t)."""
@@ -300,6 +308,10 @@ class Trainer:
         ) as error:  # right sizes, wrong bytes: readers fail in many ways
             raise UserError(checkpoint.unreadable(self.resume, error)) from error
         return checkpoint.read_state(self.resume)
+
+    def _build_model(self) -> torch.nn.Module:
+        """The model before its first step, whole, on the CPU: the same on every process."""
+        return build_model(self.config, self.data.manifest)
 
     def _calibrate(self, model: torch.nn.Module) -> float | None:
         """Start near the target ratio: see ``DCDiT.calibrate_router``. Every rank computes it on the same images;

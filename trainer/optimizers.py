@@ -15,9 +15,9 @@ APEX_SOURCE = "https://github.com/NVIDIA/apex (AMD: https://github.com/ROCm/apex
 
 
 def build_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer ``optimizer.name`` over ``parameters``. Raises as ``check_optimizer``."""
+    """The optimizer ``optimizer.name`` over those of ``parameters`` that are trained. Raises as ``check_optimizer``."""
     check_optimizer(config)
-    o = config.optimizer
+    o, parameters = config.optimizer, [p for p in parameters if p.requires_grad]
     if o.name == "apex_fused_adam":
         from apex.optimizers import FusedAdam
 

@@ -25,9 +25,11 @@ PEAK_TFLOPS = {
     "MI300X": 1307,
     "MI355": 2500,
 }
+# While an upcycled model learns from its teacher.
+FOLLOWING = ("loss_blocks", "loss_teacher_noise", "loss_teacher_variance")
 KEYS = (
     "loss", "loss_diffusion", "loss_ratio", "loss_mse", "loss_vlb", "natural", "retained", "overflow", "loss_flops",
-    "backbone_share",
+    "backbone_share", *FOLLOWING,
 )  # fmt: skip
 
 
@@ -94,6 +96,7 @@ class StepStats:
             "step": step, "images": images, "loss": mean["loss"], "loss_diffusion": mean["loss_diffusion"],
             "loss_mse": mean["loss_mse"], "loss_vlb": mean["loss_vlb"], "loss_ratio": mean["loss_ratio"],
         }  # fmt: skip
+        row |= {key: mean[key] for key in FOLLOWING if mean[key]}
         row |= self._tokens(table, mean)
         if self.model_config.dydit is not None:  # of the backbone's FLOPs, what the open gates cost
             row |= {"loss_flops": mean["loss_flops"], "backbone_share": mean["backbone_share"]}

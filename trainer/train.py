@@ -24,9 +24,9 @@ from trainer.config import Config, flatten, load_config, save_config
 from trainer.signals import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "dcdit train", description: str | None = __doc__) -> argparse.ArgumentParser:
     text = argparse.ArgumentParser(
-        prog="dcdit train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit status: 0 complete, 2 bad input, 75 stopped by a signal after saving (run again to go on)",
     )  # fmt: skip
     text.add_argument(
@@ -41,11 +41,18 @@ def parser() -> argparse.ArgumentParser:
     return text
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status (see ``trainer.signals``)."""
+def main(
+    argv: list[str] | None = None, command: argparse.ArgumentParser | None = None, upcycling: bool = False
+) -> int:
+    """Run the command line; returns the exit status (see ``trainer.signals``).
+
+    Args:
+        command: the parser of another command that trains.
+        upcycling: ``upcycle.teacher`` must be set.
+    """
     slurm.begin()
     try:
-        arguments = parser().parse_intermixed_args(argv)
+        arguments = (command or parser()).parse_intermixed_args(argv)
     except SystemExit as error:
         slurm.leave(int(error.code or EXIT_OK))
         raise
@@ -54,6 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     rank = rank_and_size()[0]
     try:
         config = load_config(arguments.config, arguments.overrides)
+        if config.upcycle.teacher is not None:
+            from trainer.upcycle import prepare
+
+            prepare(config)
+        elif upcycling:
+            raise UserError(
+                "upcycle.teacher: not set; give a DiT: upcycle.teacher=DiT-XL-2-256x256.pt, or a run's folder"
+            )
         check(config, arguments.device)
     except UserError as error:  # mostly the same on every rank: rank 0 says it, and that ends the others
         if rank:
@@ -89,7 +104,12 @@ def check(config: Config, device: str = "auto") -> None:
     build_process(config)
     for split in ("train", "heldout"):
         source = open_data(config.data, split)
-    _check_backends(config, model_config(config, source.manifest), device)
+    sizes = model_config(config, source.manifest)
+    _check_backends(config, sizes, device)
+    if config.upcycle.teacher is not None:
+        from trainer.upcycle import check_teacher
+
+        check_teacher(config, sizes, source.manifest)
     folder = Path(config.run.dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir: {folder} is a file; choose another folder")
@@ -117,8 +137,12 @@ def run(config: Config, device: str = "auto") -> int:
     """Train as ``config`` says, with the processes torchrun started (one without it)."""
     from trainer.data import open_data
     from trainer.health import record_flights
-    from trainer.loop import Trainer
     from trainer.parallel import close_world, open_world
+
+    if config.upcycle.teacher is None:
+        from trainer.loop import Trainer
+    else:
+        from trainer.upcycle import UpcycleTrainer as Trainer
 
     record_flights(Path(config.run.dir))
     world = open_world(config.parallel.start_timeout_minutes, device)

@@ -94,9 +94,7 @@ class DeepSpeed(Engine):
         self.library, self.stage = import_deepspeed(), config.parallel.zero_stage
         self.settings = deepspeed_config(config, world.size, micro)
         for one in (model, *averages):
-            one.to(world.device)
-            checkpoint_blocks(one, config.parallel.activation_checkpointing)
-            compile_blocks(one, config.parallel.compile)
+            self._prepare(one)
         # Names and shapes before ZeRO 3 takes the parameters apart.
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         optimizer = build_optimizer(config, model.parameters())
@@ -111,6 +109,15 @@ class DeepSpeed(Engine):
             model=model, optimizer=optimizer, config=dict(self.settings), dist_init_required=False
         )
         return engine, wrapped
+
+    def _prepare(self, model: nn.Module) -> None:
+        model.to(self.world.device)
+        checkpoint_blocks(model, self.config.parallel.activation_checkpointing)
+        compile_blocks(model, self.config.parallel.compile)
+
+    def frozen(self, model: nn.Module) -> nn.Module:
+        self._prepare(model.requires_grad_(False).eval())
+        return self._initialize(model, None)[0] if self.stage == 3 else model
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:

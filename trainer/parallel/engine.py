@@ -73,6 +73,10 @@ class Engine:
         """This process's part of every parameter, in an order all copies share."""
         return list(wrapped.parameters())
 
+    def frozen(self, model: nn.Module) -> nn.Module:
+        """A further model that is only run (a teacher), spread over the processes as the averages are."""
+        raise TypeError(f"{type(self).__name__} is no engine")
+
     def state(self) -> dict[str, Any]:
         """What torch.distributed.checkpoint writes and reads for this engine."""
         raise TypeError(f"{type(self).__name__} is no engine")
@@ -98,6 +102,9 @@ class TorchEngine(Engine):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         raise TypeError(f"{type(self).__name__} is no engine")
+
+    def frozen(self, model: nn.Module) -> nn.Module:
+        return self.wrap(model.requires_grad_(False).eval())
 
     def clip(self, max_norm: float) -> torch.Tensor:
         return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
