@@ -135,7 +135,7 @@ def test_equal_tokens_under_equal_weights_have_no_loss():
     assert len(outputs) == len(targets) == 2
     assert block_loss(outputs, targets, routing, 2).item() == 0
     with torch.no_grad():
-        student.backbone.blocks[1].mlp.fc2.bias.add_(0.1)
+        student.backbone.blocks[1].mlp.fc2.bias.add_(1.0)
         with followed.collect() as outputs:
             student.backbone(packed.tokens, c, packed)
     assert block_loss(outputs, targets, routing, 2).item() > 1e-4
