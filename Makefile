@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.dcdit-installed
 
-.PHONY: demo setup test lint bench smoke clean help
+.PHONY: demo setup test lint bench evidence smoke clean help
 .DEFAULT_GOAL := help
 
 help:            ## this list
@@ -31,6 +31,9 @@ smoke: $(STAMP)  ## the demo's path in about a minute: two processes, a kill, a 
 
 bench: $(STAMP)  ## side-by-side measurements of the ops
 	OMP_NUM_THREADS=2 $(PY) benchmarks/chunking.py
+
+evidence: $(STAMP) ## DC-DiT and its ablations against DiT at equal training FLOPs; hours on a CPU, resumable
+	OMP_NUM_THREADS=1 $(PY) benchmarks/evidence.py --svg runs/evidence/evidence.svg --json runs/evidence/evidence.json
 
 clean:           ## remove what was built (not runs/)
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis

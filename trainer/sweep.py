@@ -83,10 +83,14 @@ def run(args: argparse.Namespace) -> int:
     try:
         device = args.device if ":" in args.device else str(world.device)
         source = load_source(args.checkpoint, device, args.heads, args.sigma)
-        if not has_router(source):
-            raise UserError("--checkpoint: this model has no router, so there is no rho to sweep")
+        routed = has_router(source)
+        if not routed and (args.calibrate or rhos.values != (0.0,)):
+            raise UserError(
+                "--checkpoint: this model has no router, so there is no rho to sweep; --tail-drop 0 gives its one point"
+            )
         sweep = Sweep(args, source, load_guide(args, source, device), world)
-        sweep.calibrate()
+        if routed:
+            sweep.calibrate()
         if not args.calibrate:
             sweep.run(rhos.values)
     finally:
@@ -156,7 +160,7 @@ class Sweep:
             self._say(f"rho {rho:g}: pictures {first + 1} of {args.num}")
             places = range(first, min(first + args.batch, args.num))
             drawn = draw_batch(self.source, [keys[p] for p in places], places, settings, guide=self.guide)
-            kept += drawn.kept.tolist()
+            kept += [1.0] * len(places) if drawn.kept is None else drawn.kept.tolist()
             gflops += drawn.gflops.tolist()
             seconds += drawn.seconds
             if seen is not None:

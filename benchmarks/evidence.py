@@ -1,0 +1,246 @@
+"""What DC-DiT gives for its compute: models trained at equal training FLOPs on the same images, noise and seeds.
+
+The runs (RUNS below) are ordinary runs of trainer/train.py with a few keys changed, each in its own folder, so this
+command may be killed at any moment and given again. The budget is what `dcdit` takes for --images images; every other
+run sees as many images as it can for as many FLOPs (model/flops.py; backward counted as two forwards; the router at its
+target; multi-budget after a quarter of --images, at its mean: the matching of DC-DiT v2 A.5). After training, `dcdit
+sweep` gives held-out error, Frechet distance (features that need no download) and FLOPs per picture, at several rho.
+Pictures: benchmarks/scenes.py, composed by rule, or --data.
+
+    python benchmarks/evidence.py [--images 12800] [--seeds 0,1,2] [--only dcdit,dit2] [--processes 2]
+        [--to runs/evidence] [--data DIR] [--set model.preset=DC-DiT-S ...]
+        [--json FILE] [--markdown FILE] [--svg FILE] [--collect]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.tables import facts_of_this_run, headline, markdown, place, plain_text
+from model.flops import flops
+from trainer.build import model_config
+from trainer.charts import Series, line_chart, standalone
+from trainer.config import load_config
+from trainer.data.manifest import Manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = "configs/recipe/evidence.yaml"
+# name: (what it is, keys that differ, trained for every seed)
+RUNS = {
+    "dcdit": ("DC-DiT, N = 4", {}, True),
+    "dit2": ("DiT/2", {"model.preset": "{dit}/2"}, True),
+    "dit4": ("DiT/4", {"model.preset": "{dit}/4"}, False),
+    "n16": ("DC-DiT, N = 16", {"model.target_ratio": 16}, False),
+    "random": ("boundaries by chance", {"model.router": "random"}, False),
+    "one-budget": ("without multi-budget", {"train.tail_drop": "[0.0]"}, False),
+    "unsmoothed": ("without smoothing", {"model.dechunk_sigma": 0.01}, False),
+    "cosine": ("cosine router", {"model.router": "cosine"}, False),
+}
+
+
+def keys_of(name, args):
+    """The keys in which a run differs from the recipe, those of the command line included."""
+    own = {k: str(v).format(dit=args.preset.replace("DC-", "")) for k, v in RUNS[name][1].items()}
+    return (
+        {"model.preset": args.preset, "data.path": args.data}
+        | dict(part.split("=", 1) for part in args.set)
+        | own
+    )
+
+
+def per_image(name, args, manifest):
+    """FLOPs of training on one image, three forwards: before multi-budget starts, and on average after."""
+    config = load_config(ROOT / RECIPE, [f"{key}={value}" for key, value in keys_of(name, args).items()])
+    sizes = model_config(config, manifest)
+    if hasattr(sizes, "patch_size"):
+        return (3 * flops(sizes)["total"],) * 2
+    natural = sizes.input_size[0] * sizes.input_size[1] / sizes.target_ratio
+    costs = [3 * flops(sizes, natural * (1 - rho))["total"] for rho in config.train.tail_drop]
+    return 3 * flops(sizes, natural)["total"], statistics.mean(costs)
+
+
+def cost(name, images, args, manifest):
+    """FLOPs of a whole run on `images` images."""
+    first, later = per_image(name, args, manifest)
+    warm = min(images, args.images // 4)
+    return warm * first + (images - warm) * later
+
+
+def images_of(name, args, manifest):
+    """How many images the budget pays for, in whole steps."""
+    first, later = per_image(name, args, manifest)
+    budget, warm = cost("dcdit", args.images, args, manifest), args.images // 4
+    images = budget / first if budget <= warm * first else warm + (budget - warm * first) / later
+    return max(1, round(images / args.batch)) * args.batch
+
+
+def train(name, seed, args, manifest, folder):
+    """Start or go on with a run; nothing if it is complete."""
+    images = images_of(name, args, manifest)
+    if (folder / "complete").is_file():
+        return
+    keys = keys_of(name, args) | {
+        "run.dir": folder, "run.seed": seed, "run.name": f"{name}-{seed}", "train.total_images": images,
+        "train.global_batch_size": args.batch, "train.tail_drop_after": args.images // 4,
+    }  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={args.processes}", "--standalone"]
+    command = [*launcher, "trainer/train.py", "--config", RECIPE, *(f"{k}={v}" for k, v in keys.items())]
+    print(f"\n{name}, seed {seed}: {images} images", flush=True)
+    call(command)
+    (folder / "complete").write_text("")
+
+
+def call(command):
+    """Run Python on it from the root of the tree; its failure ends this command with its status."""
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def measure(name, args, folder):
+    """The elastic curve of a trained run, from `dcdit sweep`."""
+    file = folder / "elastic.json"
+    if not file.is_file() or json.loads(file.read_text())["num"] != args.pictures:
+        rhos = "0" if RUNS[name][0].startswith("DiT/") else args.rhos
+        call([
+            "trainer/sweep.py", "--checkpoint", folder, "--num", args.pictures, "--steps", args.steps,
+            "--method", "ddim", "--tail-drop", rhos, "--batch", 64, "--heldout", args.heldout,
+        ])  # fmt: skip
+    return json.loads(file.read_text())["rows"]
+
+
+def collect(args, manifest):
+    """One row per run and rho: means over the seeds, and the half-width from least to most."""
+    rows = []
+    for name in args.only:
+        found = [(seed, Path(args.to) / f"{name}-{seed}") for seed in args.seeds]
+        found = [(seed, folder) for seed, folder in found if (folder / "elastic.json").is_file()]
+        curves = [json.loads((folder / "elastic.json").read_text())["rows"] for _, folder in found]
+        for points in zip(*curves, strict=True):
+            row = {"run": name, "what": RUNS[name][0], "seeds": [seed for seed, _ in found],
+                   "training_images": images_of(name, args, manifest),
+                   "training_tflops": cost(name, images_of(name, args, manifest), args, manifest) / 1e12,
+                   "tail_drop": points[0]["tail_drop"]}  # fmt: skip
+            for key in ("retained_share", "gflops_per_image", "heldout_mse", "frechet"):
+                values = [point[key] for point in points]
+                row[key] = statistics.mean(values)
+                row[f"{key}_spread"] = (max(values) - min(values)) / 2
+            rows.append(row)
+    return rows
+
+
+def table(rows):
+    """Rows of text cells, the header first."""
+    head = [
+        "model",
+        "images seen",
+        "training TFLOPs",
+        "rho",
+        "kept",
+        "GFLOPs a picture",
+        "held-out mse",
+        "Frechet",
+    ]
+    cells = [head]
+    for row in rows:
+        spread = len(row["seeds"]) > 1
+
+        def text(key, form, row=row, spread=spread):
+            return f"{row[key]:{form}}" + (f" ± {row[f'{key}_spread']:{form}}" if spread else "")
+
+        cells.append([
+            row["what"], f"{row['training_images']:,}", f"{row['training_tflops']:,.0f}", f"{row['tail_drop']:g}",
+            f"{row['retained_share']:.1%}", f"{row['gflops_per_image']:.1f}", text("heldout_mse", ".4f"),
+            text("frechet", ".3f"),
+        ])  # fmt: skip
+    return cells
+
+
+def plot(rows):
+    """Frechet distance over FLOPs of a picture, a line per model, as an SVG picture of its own."""
+    lines = {}
+    for row in rows:
+        lines.setdefault(row["what"], []).append((row["gflops_per_image"], row["frechet"]))
+    series = [
+        Series(name, sorted(points), tone=k % 4, style="dots")
+        for k, (name, points) in enumerate(lines.items())
+    ]
+    chart = line_chart(series, x_label="GFLOPs per picture", y_label="Frechet distance (offline features)")
+    return standalone(chart, "Quality over compute at equal training FLOPs")
+
+
+def prepare(args):
+    """The scenes, made once; the manifest of whatever data is used."""
+    if args.data is None:
+        args.data = str(Path(args.to).parent / "scenes")
+        if not (Path(args.data) / "manifest.json").is_file():
+            pictures = f"{args.data}-png"
+            call(["benchmarks/scenes.py", "--to", pictures, "--per-class", 250])
+            shape = ["--vae", "none", "--size", 32, "--no-mirror"]
+            call(["trainer/prepare.py", "images", pictures, "--to", args.data, *shape])
+    args.data = str(Path(args.data).resolve())
+    return Manifest.read(args.data)
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--to", default="runs/evidence", metavar="DIR")
+    add(
+        "--images",
+        type=int,
+        default=12800,
+        help="that DC-DiT trains on; the others get as many FLOPs (default: 12800)",
+    )
+    add("--seeds", default="0,1,2", help="of the main pair; the others take the first (default: 0,1,2)")
+    add("--only", default=",".join(RUNS), metavar="RUN,..", help=f"of {', '.join(RUNS)}")
+    add("--preset", default="DC-DiT-Ti")
+    add("--batch", type=int, default=32)
+    add("--processes", type=int, default=min(2, os.cpu_count() or 1), help="of each training run")
+    add("--data", metavar="DIR", help="prepared data (default: scenes, made beside --to)")
+    add("--rhos", default="0,0.3,0.6")
+    add("--pictures", type=int, default=512, help="drawn at each rho (default: 512)")
+    add("--steps", type=int, default=25, help="of DDIM (default: 25)")
+    add("--heldout", type=int, default=640)
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe, for every run")
+    add("--collect", action="store_true", help="only the table of what is there")
+    add("--svg", metavar="FILE", help="Frechet distance over FLOPs of a picture")
+    add("--json", metavar="FILE")
+    add("--markdown", metavar="FILE")
+    args = parser.parse_args()
+    args.only, args.seeds = args.only.split(","), [int(seed) for seed in args.seeds.split(",")]
+    if unknown := [name for name in args.only if name not in RUNS]:
+        parser.error(f"--only {unknown[0]}: expected some of {', '.join(RUNS)}")
+    return args
+
+
+def main():
+    args = parse()
+    manifest = prepare(args)
+    # Seed by seed and the main pair first: a table of what is there is of use at any time.
+    plan = [
+        (name, seed) for seed in args.seeds for name in args.only if RUNS[name][2] or seed == args.seeds[0]
+    ]
+    for name, seed in [] if args.collect else plan:
+        folder = Path(args.to).resolve() / f"{name}-{seed}"
+        train(name, seed, args, manifest, folder)
+        measure(name, args, folder)
+    rows, facts = collect(args, manifest), facts_of_this_run("benchmarks/evidence.py")
+    print("\n" + headline(facts) + "\n" + plain_text(table(rows), left=1))
+    if args.markdown:
+        place(args.markdown, "evidence", markdown(table(rows), facts, left=1))
+    if args.svg:
+        Path(args.svg).write_text(plot(rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
