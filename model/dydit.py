@@ -14,6 +14,7 @@ Shapes: B images, T packed tokens, D width, N heads (and channel groups), t_BD t
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from model.flops import block_flops
 from model.linear import Float32Linear, Units
 
 WEIGHT = 2.0  # of the FLOPs loss, as in the release
-START = 1.5  # logit of a new gate, which spreads over timesteps by SPREAD: all are open
+START = 2.0  # logit of a new gate, which spreads over timesteps by SPREAD: all are open
 SPREAD = 0.5
 
 
@@ -107,6 +108,16 @@ class PendingWidths:
         heads, groups = self.gates.mean(-1).sum(1).unbind(-1)
         spent = heads * attention + groups * mlp + config.depth * rest
         return Gates(self.gates, spent, config.depth * (attention + mlp + rest))
+
+
+@torch.no_grad()
+def open_at(model: nn.Module, times: Sequence[float]) -> Tensor:
+    """(n, depth, 2) float32 on the CPU: the shares of heads and of channel groups that `model` has open at the model's
+    times `times`; ones for a model without gates."""
+    if model.gates is None:
+        return torch.ones(len(times), model.config.depth, 2)
+    device = model.gates.linear.weight.device
+    return model.gates(model.t_embedder(torch.tensor(times, device=device))).mean(-1).float().cpu()
 
 
 def budget_loss(gates: Gates, target: float, group: int) -> Tensor:
