@@ -201,7 +201,7 @@ def parse():
     )
     add("--seeds", default="0,1,2", help="of the main pair; the others take the first (default: 0,1,2)")
     add("--only", default=",".join(RUNS), metavar="RUN,..", help=f"of {', '.join(RUNS)}")
-    add("--preset", default="DC-DiT-Ti")
+    add("--preset", default="DC-DiT-XS")
     add("--batch", type=int, default=32)
     add("--processes", type=int, default=min(2, os.cpu_count() or 1), help="of each training run")
     add("--data", metavar="DIR", help="prepared data (default: scenes, made beside --to)")

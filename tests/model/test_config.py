@@ -78,7 +78,7 @@ def test_configs_are_frozen():
         ({"input_size": 0}, "input_size"),
         ({"learn_sigma": 1}, "learn_sigma"),
         ({"mlp_ratio": 0}, "mlp_ratio"),
-        ({"router": "random"}, "router"),
+        ({"router": "entropy"}, "router"),
         ({"target_ratio": 1.0}, "target_ratio"),
         ({"dechunk_sigma": 0.0}, "dechunk_sigma"),
         ({"attention_backend": "xformers"}, "attention_backend"),
