@@ -111,6 +111,10 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "triton": ["triton"],
         "streaming": ["mosaicml-streaming>=0.13,<0.14"],
+        "evaluate": [
+            "torch-fidelity"
+        ],  # `pip install --no-deps torch-fidelity` is enough, and brings no torchvision
+        "dinov2": ["transformers"],
         "demo": ["scikit-image", "scikit-learn", "matplotlib", "pillow"],
         "test": [
             "pytest",

@@ -50,6 +50,8 @@ pip -c "$pins" deepspeed huggingface_hub
 # would replace torch: take the small packages that its core imports, then it alone.
 pip -c "$pins" brotli python-snappy zstd catalogue xxhash
 pip --no-deps "mosaicml-streaming==0.13.0"
+# Of torch-fidelity only the network of FID is used, which needs nothing beside torch; its torchvision would replace torch.
+pip --no-deps "torch-fidelity==0.4.0"
 
 say "dcdit, with its extension"
 pip --no-build-isolation --no-deps -e .

@@ -138,6 +138,17 @@ class EvalConfig:
     every: int = 1_280_000
     count: int = 1024
     batch_size: int = 32
+    samples: int = 0
+    samples_every: int | None = None
+    steps: int = 50
+    method: str | None = None
+    guidance: float = 1.0
+    tail_drop: float = 0.0
+    features: str = "offline"
+    weights: str | None = None
+    reference: str = "train"
+    reference_count: int = 10_000
+    vae: str | None = None
 
 
 @dataclass
@@ -195,20 +206,22 @@ CHOICES = {
     "parallel.activation_checkpointing": ("none", "block", "selective"),
     "ops.backend": ("auto", "native", "triton", "torch"),
     "attention.backend": ("auto", "flash3", "flash2", "torch_varlen", "sdpa"),
+    "eval.features": ("offline", "inception", "dinov2"),
     "log.wandb": ("online", "offline", "disabled"),
 }
 POSITIVE = (
     "diffusion.num_timesteps", "train.total_images", "train.global_batch_size", "train.micro_batch_size",
     "train.ratio_group", "optimizer.lr", "optimizer.eps", "optimizer.clip", "parallel.replicate",
     "parallel.timeout_minutes", "parallel.start_timeout_minutes", "checkpoint.every", "checkpoint.keep_last",
-    "checkpoint.keep_every", "eval.every", "eval.count", "eval.batch_size", "health.max_bad_steps",
+    "checkpoint.keep_every", "eval.every", "eval.count", "eval.batch_size",
+    "eval.samples_every", "eval.steps", "eval.reference_count", "health.max_bad_steps",
     "health.spike_sigma", "health.gc_every", "log.every", "log.profile_steps", "model.dechunk_sigma",
     "model.capacity_factor",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "data.num_workers", "data.max_errors", "train.ratio_weight", "train.tail_drop_after", "optimizer.weight_decay",
-    "optimizer.warmup_images", "run.seed", "upcycle.distill_images", "upcycle.block_weight", "upcycle.noise_weight",
-    "upcycle.variance_weight", "upcycle.diffusion_weight",
+    "optimizer.warmup_images", "run.seed", "eval.samples", "upcycle.distill_images", "upcycle.block_weight",
+    "upcycle.noise_weight", "upcycle.variance_weight", "upcycle.diffusion_weight",
 )  # fmt: skip
 
 
@@ -295,6 +308,7 @@ def check_config(config: Config) -> None:
         raise UserError(f"data.label_drop: a fraction in [0, 1], got {config.data.label_drop}")
     _check_decay(config.ema.decay)
     _check_parallel(config)
+    _check_drawing(config.eval)
     if len(config.optimizer.betas) != 2 or any(not 0 <= b < 1 for b in config.optimizer.betas):
         raise UserError(f"optimizer.betas: two numbers in [0, 1), got {config.optimizer.betas}")
     if config.train.total_images % config.train.global_batch_size:
@@ -313,6 +327,20 @@ def _check_decay(decay: Any) -> None:
         raise UserError(f"ema.decay: must be in [0, 1), one number or a list of them, got {decay}")
     if len({f"{d:g}" for d in decays}) < len(decays):
         raise UserError(f"ema.decay: names the same decay twice: {decay}")
+
+
+def _check_drawing(options: EvalConfig) -> None:
+    if options.samples == 1 or (options.samples and options.reference_count < 2):
+        key = "eval.samples" if options.samples == 1 else "eval.reference_count"
+        raise UserError(f"{key}: a distance needs at least 2 pictures, got 1")
+    if not 0 <= options.tail_drop <= 1:
+        raise UserError(f"eval.tail_drop: a fraction in [0, 1], got {options.tail_drop}")
+    every, drawn = options.every, options.samples_every
+    if drawn is not None and drawn % every:
+        raise UserError(
+            f"eval.samples_every: {drawn} is not a multiple of eval.every {every}; "
+            f"use {max(1, round(drawn / every)) * every}"
+        )
 
 
 def _check_parallel(config: Config) -> None:

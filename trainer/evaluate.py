@@ -141,6 +141,7 @@ class Evaluation:
     """One evaluation, by all processes of `world` together."""
 
     def __init__(self, args: argparse.Namespace, world: Any, device: str) -> None:
+        from trainer.evaluation.features import load_together
         from trainer.sampling.arguments import load_guide, settings_from
         from trainer.sampling.decode import load_vae
         from trainer.sampling.progress import Line
@@ -161,17 +162,7 @@ class Evaluation:
                 from trainer.elastic import with_budget
 
                 self.settings, self.budget = with_budget(args.budget, self.settings, self.source, self.guide)
-        self.features = self._features()
-
-    def _features(self) -> Any:
-        """The feature set: loaded by rank 0 first, which may have to download it."""
-        from trainer.evaluation import features
-
-        for turn in (True, False):
-            if self.world.main is turn:
-                loaded = features.load(self.args.features, self.args.features_path, self.device)
-            self.world.barrier()
-        return loaded
+        self.features = load_together(args.features, args.features_path, world, device)
 
     def run(self) -> dict[str, Any]:
         """Everything that is worth recording; the numbers are of rank 0."""
@@ -190,20 +181,25 @@ class Evaluation:
         }  # fmt: skip
 
     def _reference(self) -> Any:
-        from trainer.evaluation.images import open_pictures
+        from trainer.data import open_data
+        from trainer.evaluation.images import Shards, decoder, open_pictures
         from trainer.evaluation.reference import load_reference
 
         args = self.args
-        text = args.reference or run_data(self.source)
+        decode = decoder(self.vae, args.vae_batch)
+        if args.reference:
+            opened = lambda: open_pictures(args.reference, decode)  # noqa: E731
+        else:
+            opened = lambda: Shards(open_data(run_data(self.source), "train"), decode)  # noqa: E731
         return load_reference(
-            text, self.features, self.world, lambda: open_pictures(text, decoder(self.vae, args.vae_batch)),
-            args.reference_num, args.batch, args.precision_recall, self._progress("reference"),
+            args.reference or "", self.features, self.world, opened, args.reference_num, args.batch,
+            args.precision_recall, self._progress("reference"),
         )  # fmt: skip
 
     def _read(self) -> tuple[Any, dict[str, Any]]:
         """Features of pictures that are there, and what is known of them."""
         from trainer.evaluation.collect import collect
-        from trainer.evaluation.images import open_pictures
+        from trainer.evaluation.images import decoder, open_pictures
 
         args = self.args
         pictures = open_pictures(args.samples, decoder(self.vae, args.vae_batch))
@@ -253,22 +249,6 @@ class Evaluation:
             self.line.show(text)
 
 
-def decoder(vae: Any, batch: int = 8) -> Any:
-    """Latents as the VAE gives them, (n, C, h, w) float32, to (n, 3, H, W) uint8; None without a VAE."""
-    from trainer.evaluation.images import as_pictures
-    from trainer.sampling.decode import decode
-
-    if vae is None:
-        return None
-
-    def run(latents: np.ndarray) -> np.ndarray:
-        import torch
-
-        return as_pictures(decode(vae, torch.from_numpy(latents), 1.0, batch))
-
-    return run
-
-
 def keeper(folder: str) -> Any:
     """Writes pictures into `folder` by their numbers, as `dcdit sample --num` does.
 
@@ -287,8 +267,8 @@ def keeper(folder: str) -> Any:
     return write
 
 
-def run_data(source: Any) -> str:
-    """The folder of prepared data that the run of `source` trains on.
+def run_data(source: Any) -> Any:
+    """The `data` section of the run that `source` is of.
 
     Raises:
         UserError: the checkpoint is not in a run.
@@ -300,7 +280,7 @@ def run_data(source: Any) -> str:
         raise UserError(
             f"--reference: {source.path} is not in a run whose config.yaml names its data; say which"
         )
-    return load_config(run / "config.yaml").data.path
+    return load_config(run / "config.yaml").data
 
 
 def run_folder(path: Path) -> Path | None:

@@ -28,6 +28,7 @@ from trainer.build import (
 from trainer.config import Config, flatten
 from trainer.data import MDSSource, heldout_batches, train_loader
 from trainer.ema import ema_copy, ema_decays
+from trainer.evaluation.training import Drawing
 from trainer.heldout import Heldout
 from trainer.metrics import Metrics, read_rows
 from trainer.parallel import World, engine
@@ -64,17 +65,18 @@ class Trainer:
         self.start_share = None if self.resume else self._calibrate(model)
         bf16 = config.train.precision == "bf16"
         self.autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16)
-        self.parameters, sizes = model.num_parameters(), model.config
+        self.parameters, self.sizes = model.num_parameters(), model.config
         self.decays = ema_decays(config.ema.decay)
         copies = [ema_copy(model) for _ in self.decays]
         self.engine = engine(config.parallel.engine)(model, copies, world, config, self.micro)
         self.model, self.ema = self.engine.model, self.engine.averages["ema"]
-        self.saver = Saver(self.folder / "checkpoints", config, world, sizes, self._say)
+        self.saver = Saver(self.folder / "checkpoints", config, world, self.sizes, self._say)
         state = self._restore()
         self.position = self.saved = state["images"]
         self.bad = health.BadSteps(world.device, state.get("bad_steps"))
         self.heldout = Heldout(self._heldout_batches(heldout), world)
-        self.stats = StepStats(config, world, sizes)
+        self.drawing = Drawing(config, world, train, self.process, self._say)
+        self.stats = StepStats(config, world, self.sizes)
         self.metrics = Metrics(self.folder, config, self.position, world.main)
         self.spikes = health.Spikes(config.health.spike_sigma, self._recent_losses())
         self.profiler = health.Profiler(
@@ -90,7 +92,7 @@ class Trainer:
         """Train. Returns True when the run is complete, False when a signal ended it after a save."""
         config, total = self.config, self.config.train.total_images
         self._announce()
-        if self.position == 0:
+        if self.position == 0 or self._evaluation_missing():
             self.evaluate()
         loader = self._loader(
             self.position, self.world.rank, self.world.size, self.micro, config.data.num_workers
@@ -207,17 +209,28 @@ class Trainer:
         return out, self.process.losses(out.sample, x0, x_t, noise, t), t
 
     def evaluate(self) -> None:
-        """Held-out loss of the averaged weights (and of the raw ones), logged as one row."""
+        """Held-out loss of the averaged weights (and of the raw ones), and the measures of pictures drawn where they
+        are due, logged as one row."""
         self.model.eval()
         with self.stats.outside():
             averaged = self.heldout.run(self, self.ema, self.null_class)
             raw = averaged and self.heldout.run(self, self.model, self.null_class)
+            drawn = raw and self.drawing.run(self)
         self.model.train()
-        if raw is None:  # a signal came: save first, ask questions later
+        if drawn is None:  # a signal came: save first, ask questions later
             return
         row = {"eval": True, "step": self.step, "images": self.position}
         row |= {f"heldout_{k}" if k in ("loss", "mse") else k: v for k, v in averaged.items()}
-        self.metrics.log(row | {"heldout_mse_raw": raw["mse"]})
+        self.metrics.log(row | {"heldout_mse_raw": raw["mse"]} | drawn)
+
+    def _evaluation_missing(self) -> bool:
+        """Whether an evaluation was due where the run goes on, and a signal came before its row was written."""
+        last = self.position >= self.config.train.total_images
+        if not (last or self._due(self.config.eval.every)):
+            return False
+        rows = read_rows(self.folder) if self.world.main else []
+        done = any(row.get("eval") and row.get("images") == self.position for row in rows)
+        return not self.world.broadcast(done)
 
     def save(self, anyway: bool = True) -> None:
         """Begin a checkpoint of the present position, unless there is one already. In the middle of bad steps the

@@ -91,6 +91,7 @@ def check(config: Config, device: str = "auto") -> None:
     from trainer import checkpoint
     from trainer.build import build_process, check_resumable, micro_batch, model_config
     from trainer.data import open_data
+    from trainer.evaluation.training import check_drawing
     from trainer.loop import find_checkpoint
     from trainer.metrics import check_wandb
     from trainer.optimizers import check_optimizer
@@ -101,8 +102,8 @@ def check(config: Config, device: str = "auto") -> None:
     check_optimizer(config)
     micro_batch(config, rank_and_size()[1])
     check_wandb(config)
-    build_process(config)
-    for split in ("train", "heldout"):
+    process = build_process(config)
+    for split in ("heldout", "train"):
         source = open_data(config.data, split)
     sizes = model_config(config, source.manifest)
     _check_backends(config, sizes, device)
@@ -110,6 +111,8 @@ def check(config: Config, device: str = "auto") -> None:
         from trainer.upcycle import check_teacher
 
         check_teacher(config, sizes, source.manifest)
+    if rank_and_size()[0] == 0:  # it reads networks, and may download them
+        check_drawing(config, source, process)
     folder = Path(config.run.dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir: {folder} is a file; choose another folder")

@@ -16,11 +16,12 @@ from tests.distributed.conftest import assert_same_bits
 from trainer.export import main as export
 from trainer.signals import EXIT_STOPPED
 
+DRAWN = ["eval.samples=4", "eval.steps=2", "eval.batch_size=2"]
 ENGINES = {
     "fsdp": ["parallel.engine=fsdp", "ema.decay=[0.9,0.5]"],
-    "ddp": ["parallel.engine=ddp"],
+    "ddp": ["parallel.engine=ddp", *DRAWN],
     "zero2": ["parallel.engine=deepspeed", "parallel.zero_stage=2"],
-    "zero3": ["parallel.engine=deepspeed", "parallel.zero_stage=3", "ema.decay=[0.9,0.5]"],
+    "zero3": ["parallel.engine=deepspeed", "parallel.zero_stage=3", "ema.decay=[0.9,0.5]", *DRAWN],
 }
 # Random moments at which the suite kills, dealt over the engines; the heavy version sets it to 20 and more.
 KILLS = int(os.environ.get("DCDIT_KILLS", "6"))
@@ -39,6 +40,12 @@ def whole(runs):
     return make
 
 
+def drawn(runs, name: str) -> dict[int, tuple[float, float]]:
+    """What the pictures drawn on the way measured, by position."""
+    rows = [row for row in runs.rows(name, evaluation=True) if "frechet_offline" in row]
+    return {row["images"]: (row["frechet_offline"], row["drawn_retained_share"]) for row in rows}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(KILLS))
 def test_sigkill_at_a_random_moment_then_the_same_command_gives_the_same_bits(runs, whole, attempt):
@@ -53,6 +60,8 @@ def test_sigkill_at_a_random_moment_then_the_same_command_gives_the_same_bits(ru
     assert (f"{saved:012d}" in output and "resumed from" in output) or saved < 0 or "complete at" in output
     assert_same_bits(runs.state(whole(engine)), runs.state(name))
     assert runs.losses(name) == runs.losses(whole(engine)), "every step once in metrics.jsonl, the same loss"
+    assert drawn(runs, name) == drawn(runs, whole(engine))
+    assert (len(drawn(runs, name)) == 2) == ("eval.samples=4" in ENGINES[engine])
 
 
 def test_a_kill_in_the_middle_of_a_save_loses_nothing_and_is_settled(runs, whole):

@@ -20,6 +20,7 @@ from model.errors import UserError
 from trainer.evaluation.offline import DIM as OFFLINE_DIM
 from trainer.evaluation.offline import VERSION as OFFLINE_VERSION
 from trainer.evaluation.offline import GaborBank
+from trainer.parallel.world import World
 
 NAMES = ("inception", "dinov2", "offline")
 
@@ -105,3 +106,14 @@ def load(name: str, path: str | Path | None = None, device: torch.device | str =
     if path is not None:
         raise UserError(f"features: offline has no weights to read, but was given {path}")
     return Offline(device)
+
+
+def load_together(
+    name: str, path: str | Path | None, world: World, device: torch.device | str | None = None
+) -> FeatureSet:
+    """`load` on every process, rank 0 first: it may have to download. Collective; raises as `load`."""
+    for turn in (True, False):
+        if world.main is turn:
+            loaded = load(name, path, device or world.device)
+        world.barrier()
+    return loaded

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from model.errors import UserError
 from trainer.data.listing import Item, find_images, reader
 from trainer.data.manifest import NAME as MANIFEST
-from trainer.data.open import open_source
+from trainer.data.open import is_url, open_source
+from trainer.data.source import Unreadable, stacked
 from trainer.pictures import to_uint8
+from trainer.sampling.decode import decode
 
+MAX_ERRORS = 100  # damaged samples of prepared data that others stand in for, as data.max_errors
 ARRAY = "arr_0"  # of an ADM .npz: (n, H, W, 3) uint8
 SAMPLES = "samples.npz"
 Decode = Callable[[np.ndarray], np.ndarray]  # latents as a VAE gives them to (n, 3, H, W) uint8
@@ -86,46 +90,59 @@ class Npz(Pictures):
 
 
 class Shards(Pictures):
-    """A split of a prepared data set. `decode` turns latents into pictures (their posterior's mean is shown)."""
+    """A split of a prepared data set. `decode` turns latents into pictures (their posterior's mean is shown). A sample
+    whose bytes are damaged gives way to the next one, `max_errors` times."""
 
-    def __init__(
-        self, folder: str | Path, split: str, decode: Decode | None = None, source: Any = None
-    ) -> None:
-        self._source = source if source is not None else open_source(folder, split)
-        manifest = self._source.manifest
-        if manifest.kind == "latents" and decode is None:
+    def __init__(self, source: Any, decode: Decode | None = None, max_errors: int = MAX_ERRORS) -> None:
+        self._latents = source.manifest.kind == "latents"
+        if self._latents and decode is None:
             raise UserError(
-                f"data {self._source.location}: holds latents: name the VAE that decodes them (--vae, eval.vae)"
+                f"data {source.location}: holds latents: name the VAE that decodes them (--vae, eval.vae)"
             )
-        self._decode, self._latents = decode, manifest.kind == "latents"
-        about = {"kind": "data set", "path": str(self._source.location), "split": self._source.split}
-        super().__init__(len(self._source), about)
+        self._source, self._decode, self._left = source, decode, max_errors
+        super().__init__(
+            len(source), {"kind": "data set", "path": str(source.location), "split": source.split}
+        )
 
     def read(self, numbers: Sequence[int]) -> np.ndarray:
-        columns = self._source.read(numbers)
+        columns = stacked([self._one(int(k)) for k in numbers], self._source.location)
         if self._latents:
             return self._decode(columns["mean"].astype(np.float32))
         image = columns["image"]
         return np.ascontiguousarray(np.broadcast_to(image, (len(image), 3, *image.shape[2:])))
 
+    def _one(self, number: int) -> dict[str, Any]:
+        while True:
+            try:
+                sample = self._source[number]
+                return {name: sample[name] for name in (("mean",) if self._latents else ("image",))}
+            except Unreadable:
+                self._left -= 1
+                if self._left < 0:
+                    raise
+                number = (number + 1) % self.count
+
 
 def open_pictures(text: str | Path, decode: Decode | None = None) -> Pictures:
-    """What the user named: an .npz; a tar; a folder of pictures or of tars; a prepared data set, as FOLDER (its train
-    split) or FOLDER:SPLIT.
+    """What the user named: an .npz; a tar; a folder of pictures or of tars; a prepared data set, as FOLDER or URL (its
+    train split) or FOLDER:SPLIT.
 
     Raises:
         UserError: nothing of the kind there.
     """
     path = Path(text).expanduser()
-    folder, colon, split = str(path).rpartition(":")
-    if colon and not path.exists() and (Path(folder) / MANIFEST).is_file():
-        return Shards(folder, split, decode)
+    folder, colon, split = str(text).rpartition(":")
+    split_named = colon and "/" not in split and not path.exists()
+    if is_url(str(text)):
+        return Shards(open_source(*((folder, split) if split_named else (text, "train"))), decode)
+    if split_named and (Path(folder).expanduser() / MANIFEST).is_file():
+        return Shards(open_source(folder, split), decode)
     if not path.exists():
         raise UserError(
             f"{text}: no such file or folder; give an .npz, a tar, a folder of pictures or a data set"
         )
     if (path / MANIFEST).is_file():
-        return Shards(path, "train", decode)
+        return Shards(open_source(path, "train"), decode)
     if (path / SAMPLES).is_file():  # as `dcdit sample --format npz` leaves it
         path = path / SAMPLES
     if path.suffix == ".npz":
@@ -173,6 +190,13 @@ def _member(path: Path, name: str) -> np.ndarray:
         if dtype.hasobject or fortran:
             return read_array(path, name)
         return np.memmap(path, dtype, "r", file.tell(), shape)
+
+
+def decoder(vae: Any, batch: int = 8) -> Decode | None:
+    """A diffusers AutoencoderKL as a `Decode`, `batch` latents at once; None without one."""
+    if vae is None:
+        return None
+    return lambda latents: as_pictures(decode(vae, torch.from_numpy(latents), 1.0, batch))
 
 
 def as_pictures(images: Any) -> np.ndarray:

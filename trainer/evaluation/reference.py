@@ -98,20 +98,11 @@ def from_collector(found: Collector, pictures: Pictures) -> Reference:
     )  # fmt: skip
 
 
-def load_reference(
-    text: str | Path,
-    features: FeatureSet,
-    world: World,
-    open_pictures: Callable[[], Pictures],
-    count: int | None = None,
-    batch: int = 64,
-    keep: bool = False,
-    on_batch: Callable[[int, int], None] | None = None,
-) -> Reference:
-    """The reference that `text` names; collective. Statistics in an ADM .npz are used where they are of these
-    features; otherwise the pictures that `open_pictures()` finds are measured.
-
-    Args: `count`, `batch`, `keep`, `on_batch` as of `collect`.
+def find_reference(
+    text: str | Path, features: FeatureSet, opened: Callable[[], Pictures]
+) -> Reference | Pictures:
+    """What `text` names: the statistics of an ADM .npz where they are of these features, else the pictures that
+    `opened()` finds.
 
     Raises:
         UserError: statistics of other features and no pictures; nothing readable.
@@ -119,9 +110,29 @@ def load_reference(
     path = Path(text).expanduser()
     known = path.is_file() and has_statistics(path)
     if known and (features.name == "inception" or ARRAY not in npz_names(path)):
-        reference = read_statistics(path, features)
-        if keep and ARRAY in npz_names(path):
-            reference.kept = collect(Npz(path), features, world, count, batch, True, on_batch).kept()
-        return reference
-    pictures = open_pictures()
-    return from_collector(collect(pictures, features, world, count, batch, keep, on_batch), pictures)
+        return read_statistics(path, features)
+    return opened()
+
+
+def load_reference(
+    text: str | Path,
+    features: FeatureSet,
+    world: World,
+    opened: Callable[[], Pictures],
+    count: int | None = None,
+    batch: int = 64,
+    keep: bool = False,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Reference:
+    """`find_reference`, with pictures measured; collective. `count`, `batch`, `keep`, `on_batch` as of `collect`.
+
+    Raises:
+        UserError: as `find_reference`; fewer than two pictures.
+    """
+    found = find_reference(text, features, opened)
+    if isinstance(found, Pictures):
+        return from_collector(collect(found, features, world, count, batch, keep, on_batch), found)
+    path = Path(text).expanduser()
+    if keep and ARRAY in npz_names(path):
+        found.kept = collect(Npz(path), features, world, count, batch, True, on_batch).kept()
+    return found

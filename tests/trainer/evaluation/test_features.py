@@ -220,3 +220,36 @@ def test_inception_without_torch_fidelity_says_what_to_install(monkeypatch):
     monkeypatch.setattr(inception, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps torch-fidelity"):
         features.load("inception", "weights.pth")
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+def test_dinov2_features_are_the_normed_class_token(tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=28, patch_size=14)
+    network = Dinov2Model(Dinov2Config(**sizes)).eval()
+    network.save_pretrained(tmp_path)
+    state = torch.random.get_rng_state()
+    ours = features.load("dinov2", tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), state) and ours.dim == 48 and ours.about["layers"] == 2
+    images = torch.from_numpy(np.random.default_rng(5).integers(0, 256, (3, 3, 224, 224), np.uint8))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        token = network(pixel_values=(images / 255.0 - mean) / std).last_hidden_state[:, 0]
+    torch.testing.assert_close(ours.batch(images), token, rtol=1e-4, atol=1e-5)
+    assert ours.batch(images[:, :, :50, :70]).shape == (3, 48)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="has no config.json"):
+        features.load("dinov2", tmp_path)
+
+
+def test_dinov2_says_why_torch_hub_gave_nothing(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(torch.hub, "load", refuse)
+    with pytest.raises(
+        UserError, match="torch.hub cannot give facebookresearch/dinov2: no route; give a local folder"
+    ):
+        features.load("dinov2", "hub")

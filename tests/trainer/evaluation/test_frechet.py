@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from scipy.linalg import sqrtm
 
 from trainer.evaluation.frechet import Moments, frechet_distance
@@ -88,25 +87,3 @@ def test_moments_in_batches_are_those_of_the_whole():
         assert moments.count == 103
         np.testing.assert_allclose(moments.mean, x.mean(0), rtol=1e-14)
         np.testing.assert_allclose(moments.cov, np.cov(x.T), rtol=1e-9, atol=1e-12)
-
-
-def _reduce(rank: int, file: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    x = torch.from_numpy(np.load(f"{folder}/x.npy"))
-    mine, nothing = Moments(5), Moments(5)
-    mine.add(x[:12] if rank == 0 else x[12:])
-    whole = mine.reduce()
-    assert nothing.reduce().count == 0
-    torch.save({"count": whole.count, "mean": whole.mean, "cov": whole.cov}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_agree_with_one(tmp_path):
-    x = np.random.default_rng(7).normal(size=(40, 5))
-    np.save(tmp_path / "x.npy", x)
-    torch.multiprocessing.spawn(_reduce, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first["count"] == second["count"] == 40
-    assert torch.equal(first["mean"], second["mean"]) and torch.equal(first["cov"], second["cov"])
-    np.testing.assert_allclose(first["mean"], x.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(first["cov"], np.cov(x.T), rtol=1e-12, atol=1e-15)

@@ -10,7 +10,8 @@ from PIL import Image
 
 from model.errors import UserError
 from tests.trainer.synthetic_run import SIZE, mds
-from trainer.evaluation.images import Npz, open_pictures
+from trainer.data import open_source
+from trainer.evaluation.images import Npz, Shards, open_pictures
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 12, 10, 3), np.uint8)
 WANTED = IMAGES.transpose(0, 3, 1, 2)
@@ -84,6 +85,23 @@ def test_prepared_data_by_split(tmp_path):
     assert heldout.about["split"] == "heldout" and heldout.read(range(6)).shape == (6, 3, SIZE, SIZE)
     with pytest.raises(UserError, match="no split 'test'"):
         open_pictures(f"{data}:test")
+
+
+def test_damaged_samples_give_way_to_the_next_up_to_a_number(tmp_path):
+    source = open_source(mds(tmp_path / "data", 6), "train")
+    wanted = Shards(source).read([1, 2, 4])
+    decode = source._decode
+
+    def damaged(number, place, *rest):
+        if place in (1, 3):
+            raise ValueError("zeros")
+        return decode(number, place, *rest)
+
+    source._decode = damaged
+    got = Shards(source, max_errors=2).read([1, 2, 3])
+    assert np.array_equal(got, wanted[[1, 1, 2]])
+    with pytest.raises(UserError, match="sample 3 .*cannot be read"):
+        Shards(source, max_errors=1).read([1, 2, 3])
 
 
 def test_latents_need_a_decoder(tmp_path, latents):

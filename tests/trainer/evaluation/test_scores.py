@@ -92,20 +92,26 @@ def test_too_few_pictures_for_the_neighbours_are_refused():
 def _reduce(rank: int, file: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     logits = torch.load(f"{folder}/logits.pt")
-    found = InceptionScore(4, 30, split=10)
+    found, mine, nothing = InceptionScore(4, 30, split=10), Moments(4), Moments(4)
     places = torch.arange(rank, 30, 2)
     found.add(logits[places], places)
+    mine.add(logits[:11] if rank == 0 else logits[11:])
     found.reduce()
-    torch.save(found.value(), f"{folder}/{rank}.pt")
+    whole = mine.reduce()
+    assert nothing.reduce().count == 0
+    torch.save([found.value(), whole.count, whole.mean, whole.cov], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_agree_with_one(tmp_path):
+def test_sums_of_two_processes_are_those_of_one(tmp_path):
     logits = torch.randn(30, 4, generator=torch.Generator().manual_seed(4)) * 2
     torch.save(logits, tmp_path / "logits.pt")
     torch.multiprocessing.spawn(_reduce, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first == second and first == pytest.approx(score(logits, split=10), rel=1e-12)
+    assert first[:2] == second[:2] and torch.equal(first[2], second[2]) and torch.equal(first[3], second[3])
+    assert first[0] == pytest.approx(score(logits, split=10), rel=1e-12) and first[1] == 30
+    np.testing.assert_allclose(first[2], logits.double().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(first[3], np.cov(logits.double().T), rtol=1e-12, atol=1e-15)
 
 
 @pytest.fixture
