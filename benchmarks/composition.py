@@ -63,7 +63,7 @@ def train_on(base: Path, folder: Path, target: float | None, images: int) -> Pat
     if done is None or read_state(done)["images"] < end:
         words = [
             "--device", "cpu", "--config", str(base / "config.yaml"), f"run.dir={folder}", f"run.name={folder.name}",
-            f"checkpoint.resume_from={start}", f"train.total_images={end}", "checkpoint.every=960", "eval.every=1600",
+            f"checkpoint.resume_from={start}", f"train.total_images={end}", "checkpoint.every=640", "eval.every=1600",
             "data.num_workers=0", f"model.dydit={'null' if target is None else target}",
         ]  # fmt: skip
         print("trainer/train.py", *words, flush=True)
@@ -231,7 +231,9 @@ def main() -> None:
     text.add_argument("--samples", type=int, default=190)
     text.add_argument("--steps", type=int, default=50)
     text.add_argument("--batch", type=int, default=38)
-    text.add_argument("--train-only", action="store_true")
+    text.add_argument(
+        "--train-only", action="store_true", help="only these targets, or with --targets= the plain one"
+    )
     text.add_argument("--speed", action="store_true", help="only the speed of sliced weights")
     text.add_argument("--rounds", type=int, default=5, help="of --speed")
     text.add_argument("--markdown", metavar="FILE")
@@ -248,7 +250,9 @@ def compare(args: argparse.Namespace) -> dict[str, list[list[str]]]:
     if args.run is None:
         raise UserError("give the demo's run, as in `python benchmarks/composition.py runs/demo`")
     base, to = Path(args.run), Path(args.to)
-    runs = {"DC-DiT": train_on(base, to / "plain", None, args.images)}
+    runs = {}
+    if not (args.train_only and args.targets):
+        runs["DC-DiT"] = train_on(base, to / "plain", None, args.images)
     for target in args.targets:
         runs[f"+ DyDiT {target:g}"] = train_on(base, to / f"dydit-{target:g}", target, args.images)
     if args.train_only:

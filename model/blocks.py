@@ -131,8 +131,7 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x_TD: Tensor, packed: Packed, heads: Width | None = None) -> Tensor:
-        heads = heads or FULL
+    def forward(self, x_TD: Tensor, packed: Packed, heads: Width = FULL) -> Tensor:
         qkv_TC = self.qkv(x_TD, rows=heads.kept, parts=3)
         qkv_T3NK = qkv_TC.unflatten(-1, (3, -1, self.proj.in_features // self.num_heads))
         out_TNK = attend(
@@ -155,14 +154,14 @@ class MLP(nn.Module):
         self.fc1 = Linear(width, inner)
         self.fc2 = Linear(inner, width)
 
-    def forward(self, x_TD: Tensor, packed: Packed, groups: Width | None = None) -> Tensor:
-        groups = groups or FULL
+    def forward(self, x_TD: Tensor, packed: Packed, groups: Width = FULL) -> Tensor:
         h_TF = F.gelu(self.fc1(x_TD, rows=groups.kept), approximate="tanh")
         return self.fc2(masked(h_TF, groups.mask, packed), columns=groups.kept)
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero on packed tokens (T, D) under a condition (B, D)."""
+    """Transformer block with adaLN-Zero on packed tokens (T, D) under a condition (B, D); heads and groups are the
+    attention heads and MLP channel groups in use (DyDiT)."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -173,12 +172,7 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(
-        self,
-        x_TD: Tensor,
-        c_BD: Tensor,
-        packed: Packed,
-        heads: Width | None = None,
-        groups: Width | None = None,
+        self, x_TD: Tensor, c_BD: Tensor, packed: Packed, heads: Width = FULL, groups: Width = FULL
     ) -> Tensor:
         # Once per image; the six vectors are spread over that image's tokens where they are used.
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c_BD)).chunk(6, dim=-1)
