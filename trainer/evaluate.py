@@ -110,10 +110,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--keep: the samples are there already; it goes with --checkpoint")
     if args.to and Path(args.to).suffix != ".json":
         raise UserError(f"--to: {args.to} should end in .json")
-    for name in ("samples", "checkpoint"):
-        path = getattr(args, name)
-        if path and not Path(path).expanduser().exists():
-            raise UserError(f"--{name}: no such file or folder {path}")
+    if args.checkpoint and not Path(args.checkpoint).expanduser().exists():
+        raise UserError(f"--checkpoint: no such file or folder {args.checkpoint}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -143,6 +141,7 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace, world: Any, device: str) -> None:
         from trainer.evaluation.features import load_together
         from trainer.sampling.arguments import load_guide, settings_from
+        from trainer.sampling.bulk import choose_labels
         from trainer.sampling.decode import load_vae
         from trainer.sampling.progress import Line
         from trainer.sampling.source import load_source
@@ -162,6 +161,11 @@ class Evaluation:
                 from trainer.elastic import with_budget
 
                 self.settings, self.budget = with_budget(args.budget, self.settings, self.source, self.guide)
+            self.labels = choose_labels(args.classes, args.num, self.source, args.seed).tolist()
+        else:
+            self.pictures = self._open(args.samples)
+            if args.num and args.num > len(self.pictures):
+                raise UserError(f"--num: {args.num}, but {args.samples} has {len(self.pictures)} pictures")
         self.features = load_together(args.features, args.features_path, world, device)
 
     def run(self) -> dict[str, Any]:
@@ -180,17 +184,23 @@ class Evaluation:
             "seconds": round(time.monotonic() - started, 1),
         }  # fmt: skip
 
+    def _open(self, name: str) -> Any:
+        from trainer.evaluation.images import decoder, open_pictures
+
+        return open_pictures(name, decoder(self.vae, self.args.vae_batch))
+
     def _reference(self) -> Any:
         from trainer.data import open_data
-        from trainer.evaluation.images import Shards, decoder, open_pictures
+        from trainer.evaluation.images import Shards, decoder
         from trainer.evaluation.reference import load_reference
 
         args = self.args
-        decode = decoder(self.vae, args.vae_batch)
-        if args.reference:
-            opened = lambda: open_pictures(args.reference, decode)  # noqa: E731
-        else:
-            opened = lambda: Shards(open_data(run_data(self.source), "train"), decode)  # noqa: E731
+
+        def opened() -> Any:
+            if args.reference:
+                return self._open(args.reference)
+            return Shards(open_data(run_data(self.source), "train"), decoder(self.vae, args.vae_batch))
+
         return load_reference(
             args.reference or "", self.features, self.world, opened, args.reference_num, args.batch,
             args.precision_recall, self._progress("reference"),
@@ -199,31 +209,20 @@ class Evaluation:
     def _read(self) -> tuple[Any, dict[str, Any]]:
         """Features of pictures that are there, and what is known of them."""
         from trainer.evaluation.collect import collect
-        from trainer.evaluation.images import decoder, open_pictures
 
         args = self.args
-        pictures = open_pictures(args.samples, decoder(self.vae, args.vae_batch))
-        if args.num and args.num > len(pictures):
-            raise UserError(f"--num: {args.num}, but {args.samples} has {len(pictures)} pictures")
         found = collect(
-            pictures,
-            self.features,
-            self.world,
-            args.num,
-            args.batch,
-            args.precision_recall,
+            self.pictures, self.features, self.world, args.num, args.batch, args.precision_recall,
             self._progress("samples"),
-        )
-        return found, {"samples": pictures.about, "sampling": sampling_record(args.samples)}
+        )  # fmt: skip
+        return found, {"samples": self.pictures.about, "sampling": sampling_record(args.samples)}
 
     def _draw(self) -> tuple[Any, dict[str, Any]]:
         """Features of pictures drawn now, and how they were."""
         from trainer.evaluation.collect import Collector
         from trainer.evaluation.draw import Sink, draw
-        from trainer.sampling.bulk import choose_labels
 
         args, source, world, started = self.args, self.source, self.world, time.monotonic()
-        labels = choose_labels(args.classes, args.num, source, args.seed).tolist()
         found = Collector(self.features, args.num, args.precision_recall)
 
         def on_step(begun: int, step: int) -> None:
@@ -232,7 +231,7 @@ class Evaluation:
             self._say(f"drawing {min(share, 1):.0%} of {args.num}  left {max(left, 0):.0f} s")
 
         cost = draw(
-            source, labels, self.settings, found, world, vae=self.vae, vae_batch=args.vae_batch, guide=self.guide,
+            source, self.labels, self.settings, found, world, vae=self.vae, vae_batch=args.vae_batch, guide=self.guide,
             on_step=on_step, sink=Sink(write=keeper(args.keep) if args.keep else None),
         )  # fmt: skip
         return found, {
@@ -306,7 +305,8 @@ def target(args: argparse.Namespace, record: dict[str, Any]) -> Path:
     parts = [args.features, str(record["count"])]
     if args.samples:
         path = Path(args.samples).expanduser().absolute()
-        return path.with_name(f"{path.stem if path.is_file() else path.name}-{'-'.join(parts)}.json")
+        name = "-".join([path.stem if path.is_file() else path.name, *parts])
+        return path.with_name(f"{name.replace(':', '-')}.json")
     drop = str(args.tail_drop or "0") if args.budget is None else f"budget{args.budget}"
     parts += [f"{record['settings']['steps']}steps", f"drop{drop}", f"seed{args.seed}"]
     parts += [f"guidance{args.guidance:g}"] if args.guidance != 1 else []
@@ -319,19 +319,20 @@ def table(record: dict[str, Any]) -> str:
     """The numbers as lines for a person."""
     reference, metrics = record["reference"], record["metrics"]
     against = "statistics" if reference["count"] is None else f"{reference['count']:,} pictures"
-    split = f":{reference['split']}" if reference.get("split") else ""
+    drawn_from = record.get("checkpoint") or place(record["samples"])
     lines = [
-        (
-            "samples",
-            f"{record['count']:,} pictures of {record.get('checkpoint') or record['samples']['path']}",
-        ),
-        ("reference", f"{against} of {reference['path']}{split}"),
+        ("samples", f"{record['count']:,} pictures of {drawn_from}"),
+        ("reference", f"{against} of {place(reference)}"),
         (NAMES[record["features"]["name"]], f"{metrics['frechet']:.4f}"),
     ]
     values = {**(record.get("sampling") or {}), **record, **metrics}
     lines += [(name, form.format(values[key])) for key, name, form in ROWS if values.get(key) is not None]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def place(about: dict[str, Any]) -> str:
+    return f"{about['path']}:{about['split']}" if about.get("split") else about["path"]
 
 
 if __name__ == "__main__":

@@ -43,8 +43,7 @@ class DINOv2(FeatureSet):
             x = x.round().clamp(0, 255)  # as a picture file would hold it
         mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (MEAN, STD))
         x = (x / 255.0 - mean) / std
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            out = self._network(x) if self._hub else self._network(pixel_values=x).pooler_output
+        out = self._network(x) if self._hub else self._network(pixel_values=x).pooler_output
         return Extracted(out.float().cpu())
 
 

@@ -9,6 +9,7 @@ Numbers from different sets, or from different versions of `offline`, do not com
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class FeatureSet:
             raise ValueError(
                 f"pictures of shape {tuple(images.shape)} {images.dtype}: expected (n, 3, H, W) uint8"
             )
-        with torch.no_grad():
+        with torch.no_grad(), _exact():
             return self._extract(images)
 
     def _extract(self, images: torch.Tensor) -> Extracted:
@@ -78,6 +79,16 @@ class Offline(FeatureSet):
 
     def _extract(self, images: torch.Tensor) -> Extracted:
         return Extracted(self._bank(images).cpu())
+
+
+@contextmanager
+def _exact():
+    """float32 all through: no autocast around it is felt, and no TF32, whose digits are too few for a distance of
+    covariances; the same algorithms every time."""
+    flags = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    off = [torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda")]
+    with torch.backends.cudnn.flags(**flags), off[0], off[1]:
+        yield
 
 
 def load(name: str, path: str | Path | None = None, device: torch.device | str = "cpu") -> FeatureSet:

@@ -80,9 +80,7 @@ class Inception(FeatureSet):
         self._spatial = kept.reshape(len(output), -1).float().cpu()
 
     def _extract(self, images: torch.Tensor) -> Extracted:
-        # Digits of TF32 are too few for a distance of covariances.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            pool, logits = self._network(images.to(self.device))
+        pool, logits = self._network(images.to(self.device))
         return Extracted(pool.float().cpu(), self._spatial, logits.float().cpu())
 
 

@@ -14,7 +14,7 @@ from trainer.data.photos import PHOTOS, crops
 from trainer.evaluation import features, inception, offline
 from trainer.evaluation.frechet import Moments, frechet_distance
 
-PER_CLASS = 24
+PER_CLASS = 16
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_more_blur_and_more_noise_are_farther_away(photos):
 def test_a_wrong_share_of_classes_is_farther_away_the_wronger_it_is(photos):
     reference, other, labels = photos
     right, wrong = other[labels < 9], other[labels >= 10]
-    mixed = [np.concatenate([right[k:], wrong[:k]]) for k in (0, 54, 108, 162, 216)]
+    mixed = [np.concatenate([right[k:], wrong[:k]]) for k in range(0, len(right) + 1, len(right) // 4)]
     got = distances(reference[labels < 9], mixed)
     assert rising(got, 1.05) and got[-1] > 3 * got[0], got
 
@@ -107,6 +107,22 @@ def test_offline_features_of_flat_and_small_pictures():
     assert torch.equal(bank.batch(small), bank.batch(repeated))
     one_by_one = torch.cat([bank.batch(small[:1]), bank.batch(small[1:])])
     torch.testing.assert_close(one_by_one, bank.batch(small), atol=1e-5, rtol=1e-5)
+
+
+def test_the_precision_of_the_caller_is_not_felt():
+    images = np.random.default_rng(6).integers(0, 256, (2, 3, 32, 32), np.uint8)
+    bank = features.load("offline")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = bank.batch(images)
+    assert got.dtype == torch.float32 and torch.equal(got, bank.batch(images))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_features():
+    images = np.random.default_rng(7).integers(0, 256, (8, 3, 64, 48), np.uint8)
+    got = features.load("offline", device="cuda").batch(images)
+    torch.testing.assert_close(got, features.load("offline").batch(images), atol=2e-4, rtol=1e-4)
 
 
 def test_gabor_filters_answer_to_their_own_wave():
