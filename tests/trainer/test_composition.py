@@ -1,6 +1,7 @@
 """DyDiT and TeaCache from the outside: sampling with them, what it costs, gates that begin on the way."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from model import DCDiT, preset
 from model.errors import UserError
 from model.flops import flops
-from tests.trainer.synthetic_run import CLASSES, SIZE, export, run_folder, tiny_model
+from tests.trainer.synthetic_run import CLASSES, SIZE, export, mds, run_folder, tiny_model
 from trainer import cli
 from trainer.build import check_resumable
 from trainer.config import Config, flatten
@@ -118,3 +119,36 @@ def test_gates_may_begin_on_the_way_but_not_end():
 
 def test_a_model_without_gates_is_the_size_it_was():
     assert tiny_model().config.dydit is None and tiny_model(baseline=True).config.dydit is None
+
+
+def test_benchmark_keeps_its_rows(tmp_path, monkeypatch):
+    """The comparison of benchmarks/composition.py on a made-up run: drawn once, read again the next time."""
+    from benchmarks import composition
+
+    run = run_folder(tmp_path, data=mds(tmp_path / "data"))
+    args = Namespace(run=str(run), to=str(tmp_path), steps=3, samples=6, images=0, batch=4)
+    table = composition.Table(args)
+    table.measure("DC-DiT", run, [None, float("inf")])
+    plain, reused = table.cells()[1:]
+    assert plain[0] == "DC-DiT" and plain[5] == "" and reused[6] == "67%" and float(reused[5]) > 0
+    assert float(plain[3]) > 0 and plain[4] == "" and table.rows[1]["gflops"] < table.rows[0]["gflops"]
+    monkeypatch.setattr(composition, "generate", None)
+    again = composition.Table(args)
+    again.measure("DC-DiT", run, [None, float("inf")])
+    assert again.cells() == table.cells()
+
+
+def test_benchmark_says_what_is_open_when(gated):
+    from benchmarks import composition
+
+    heads, groups, cost = composition.shares_at(gated, [5, 950])
+    with torch.no_grad():
+        gates = gated.model.gates(gated.model.t_embedder(torch.tensor([5, 950])))
+    np.testing.assert_allclose(heads, gates[:, :, 0].mean((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(groups, gates[:, :, 1].mean((1, 2)), rtol=1e-6)
+    kept = SIZE * SIZE / gated.model.config.target_ratio
+    for share, shares in zip(cost, gates.mean(-1).tolist(), strict=True):
+        router = 2 * 64 * 2 * 2 * 3
+        part, whole = (flops(gated.model.config, kept, gates=g)["backbone"] - router for g in (shares, None))
+        assert share == pytest.approx(part / whole)
+    assert composition.gates_by_time({"a": gated})[1][:2] == ["a", "heads"]
