@@ -1,17 +1,22 @@
-"""What a trained router keeps: retained share against noise level, and its rank correlation with texture.
+"""What a trained router keeps: how many tokens, of which images, and where in them; against chance and local variance.
 
-    python benchmarks/router_texture.py runs/demo [--data runs/photos]
+    python benchmarks/router_texture.py runs/demo [--data DIR] [--every 3] [--markdown FILE] [--svg FILE]
 
-Held-out images, fixed noise, averaged weights. Texture of an image: mean over the grid of the local standard deviation
-(3x3) of its grey values. Correlations are Spearman's: over images, and over the means of the classes.
+Held-out images, fixed noise, averaged weights, one noise level at a time. Detail of a place: standard deviation of the
+clean image's grey values in its 3x3 neighbourhood; texture of an image: its mean. Correlations are Spearman's.
+
+The first table is about images: the share of tokens kept, and its correlation with texture. The second is about places:
+the correlation of boundary probability and detail inside an image (mean over images), and the error of the model's
+prediction when every image's own boundary probabilities are dealt out in another order: as the router has them, by
+chance, by detail (an oracle: it sees the clean image). So all three keep the same number of tokens in every image. The
+model was trained with its own router; another order is strange to it, so a lower error of the router's is no proof by
+itself that its order is the best one for a model trained on it.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,61 +25,130 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
+from torch import nn
 
-from model import DCDiT
-from model.diffusion import make_process
-from trainer.checkpoint import find_export
-from trainer.data import open_source
+from benchmarks.tables import facts_of_this_run, headline, markdown, place, plain_text
+from trainer.charts import Series, line_chart, standalone
+from trainer.data import open_data, open_source
+from trainer.sampling.source import load_source
 
 TIMES = (0, 20, 50, 100, 200, 400, 800)
+ORDERS = ("router", "chance", "detail")
 
 
-def texture(images: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) -> (B,): mean local standard deviation of the grey values."""
-    grey = images.mean(1, keepdim=True)
+def detail(images: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, H*W): standard deviation of the grey values around each place."""
+    grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     variance = F.avg_pool2d(grey**2, 3, 1) - F.avg_pool2d(grey, 3, 1) ** 2
-    return variance.clamp(min=0).sqrt().flatten(1).mean(1)
+    return variance.clamp(min=0).sqrt().flatten(1)
+
+
+class Dealt(nn.Module):
+    """A router's probabilities, dealt out within each image so that the largest go where `rank` (B, L) is largest."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router, self.rank, self.last = router, None, None
+
+    def forward(self, x_BLD: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        self.last = p_BL = self.router(x_BLD, grid)
+        if self.rank is None:
+            return p_BL
+        # The forced ends have p = 1 wherever the others go.
+        inner, places = p_BL[:, 1:-1].sort(dim=1).values, self.rank[:, 1:-1].argsort(dim=1, stable=True)
+        return torch.cat([p_BL[:, :1], torch.empty_like(inner).scatter(1, places, inner), p_BL[:, -1:]], 1)
 
 
 @torch.no_grad()
-def shares(model: DCDiT, images: torch.Tensor, labels: torch.Tensor, time_step: int) -> torch.Tensor:
-    """(B,): the natural share of each image at this timestep."""
-    process, found = make_process(), []
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    for x, n, y in zip(images.split(32), noise.split(32), labels.split(32), strict=True):
-        t = torch.full((len(x),), time_step)
-        routing = model(process.add_noise(x, n, t), process.model_time(t), y).routing
-        found.append(routing.natural.float().mean(1))
-    return torch.cat(found)
+def look(source, images: torch.Tensor, labels: torch.Tensor, time_step: int) -> dict:
+    """share (B,), correlation (B,) inside the images, and the mean error by order, at this timestep."""
+    process, model = source.process, source.model
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(images.shape, generator=generator)
+    chance = torch.rand(len(images), images[0, 0].numel(), generator=generator)
+    measured, router = detail(images), model.router
+    found = {"share": [], "inside": [], **{order: [] for order in ORDERS}}
+    model.router = dealt = Dealt(router)
+    try:
+        for part in torch.arange(len(images)).split(32):
+            x0, n, y = images[part], noise[part], labels[part]
+            t = torch.full((len(part),), time_step)
+            x_t = process.add_noise(x0, n, t)
+            for order in ORDERS:
+                dealt.rank = {"router": None, "chance": chance[part], "detail": measured[part]}[order]
+                out = model(x_t, process.model_time(t), y)
+                found[order].append(process.losses(out.sample, x0, x_t, n, t).mse)
+                if order == "router":
+                    found["share"].append(out.routing.natural.float().mean(1))
+                    pairs = zip(dealt.last[:, 1:-1].numpy(), measured[part][:, 1:-1].numpy(), strict=True)
+                    inside = [spearmanr(p, d)[0] if d.std() > 0 else np.nan for p, d in pairs]
+                    found["inside"].append(torch.tensor(inside))
+    finally:
+        model.router = router
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def tables(seen: dict[int, dict], measured: torch.Tensor, labels: torch.Tensor) -> tuple[list, list]:
+    """The two tables as rows of cells."""
+    classes = labels.unique()
+    by_class = [measured[labels == k].mean().item() for k in classes]
+    low, high = measured.quantile(1 / 3), measured.quantile(2 / 3)
+    images = [
+        ["t", "kept", "correlation over images", "over classes", "flattest third", "most textured third"]
+    ]
+    places = [["t", "correlation inside", "error, router", "by chance", "by detail"]]
+    for t, found in seen.items():
+        share = found["share"]
+        of_class = [share[labels == k].mean().item() for k in classes]
+        over, between = spearmanr(share, measured)[0], spearmanr(of_class, by_class)[0]
+        images.append([str(t), f"{share.mean():.3f}", f"{over:.2f}", f"{between:.2f}",
+                       f"{share[measured <= low].mean():.3f}", f"{share[measured >= high].mean():.3f}"])  # fmt: skip
+        errors = [f"{found[order].mean():.5f}" for order in ORDERS]
+        places.append([str(t), f"{found['inside'].nanmean():.2f}", *errors])
+    return images, places
+
+
+def plot(seen: dict[int, dict]) -> str:
+    """Share kept and correlation inside an image, over the noise level."""
+    share = [(float(t), found["share"].mean().item()) for t, found in seen.items()]
+    inside = [(float(t), found["inside"].nanmean().item()) for t, found in seen.items()]
+    series = [Series("share of tokens kept", share), Series("rank correlation with detail", inside, tone=1)]
+    return standalone(line_chart(series, x_label="timestep (0: clean)"), "What the router keeps")
 
 
 def main() -> None:
     text = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text.add_argument("run")
-    text.add_argument("--data", default="runs/photos")
-    text.add_argument("--every", type=int, default=3, help="use every n-th held-out image")
+    text.add_argument(
+        "--data", metavar="DIR", help="prepared pixels with held-out images (default: the run's)"
+    )
+    text.add_argument("--every", type=int, default=3, help="use every n-th held-out image (default: 3)")
+    text.add_argument("--markdown", metavar="FILE")
+    text.add_argument("--svg", metavar="FILE")
     arguments = text.parse_args()
-    model = DCDiT.from_pretrained(find_export(arguments.run)).eval()
-    source = open_source(arguments.data, "heldout")
-    columns = source.read(np.arange(0, len(source), arguments.every))
+    source = load_source(arguments.run, "cpu")
+    data = open_source(arguments.data, "heldout") if arguments.data else heldout_of(source)
+    columns = data.read(np.arange(0, len(data), arguments.every))
     images = torch.from_numpy(columns["image"]).float() / 127.5 - 1
     labels = torch.from_numpy(columns["label"]).long()
-    measured = texture(images)
-    classes = labels.unique()
-    by_class = [measured[labels == k].mean().item() for k in classes]
-    print(
-        f"{platform.machine()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; {len(images)} held-out images"
-    )
-    print("   t   share   corr. over images   over classes   flattest third   most textured third")
-    low, high = measured.quantile(1 / 3), measured.quantile(2 / 3)
-    for t in TIMES:
-        share = shares(model, images, labels, t)
-        of_class = [share[labels == k].mean().item() for k in classes]
-        over_images, over_classes = spearmanr(share, measured)[0], spearmanr(of_class, by_class)[0]
-        print(
-            f"{t:>4}  {share.mean():6.3f}  {over_images:18.2f}  {over_classes:13.2f}"
-            f"  {share[measured <= low].mean():15.3f}  {share[measured >= high].mean():20.3f}"
-        )
+    seen = {t: look(source, images, labels, t) for t in TIMES}
+    facts = facts_of_this_run("benchmarks/router_texture.py")
+    cells = tables(seen, detail(images).mean(1), labels)
+    print(f"{headline(facts)}; {len(images)} held-out images")
+    print("\n\n".join(plain_text(part, left=1) for part in cells))
+    if arguments.markdown:
+        first, second = (markdown(part, facts, left=1) for part in cells)
+        place(arguments.markdown, "router", first + "\n" + second.split("\n\n", 1)[1])
+    if arguments.svg:
+        Path(arguments.svg).write_text(plot(seen))
+
+
+def heldout_of(source):
+    """The held-out images of the run that `source` is from."""
+    from trainer.config import load_config
+
+    run = next(p.parent for p in source.path.parents if p.name == "checkpoints")
+    return open_data(load_config(run / "config.yaml").data, "heldout")
 
 
 if __name__ == "__main__":
