@@ -167,7 +167,15 @@ def check_drawing(config: Config, train: Any, process: Any, device: str = "cpu")
         found = features.load(options.features, options.weights, device)
     decode = decoder(find_vae(config, train.manifest, device))
     with _named("eval.reference: "):
-        find_reference(options.reference, found, lambda: open_reference(config, train, decode))
+        reference = find_reference(options.reference, found, lambda: open_reference(config, train, decode))
+    if found.name == "offline":
+        theirs, mine = (shown.read([0]).shape[2:] for shown in (reference, Shards(train, decode)))
+        if theirs != mine:
+            sizes = [f"{width}x{height}" for height, width in (theirs, mine)]
+            raise UserError(
+                f"eval.reference: its pictures are {sizes[0]}, the run's {sizes[1]}: offline features compare pictures "
+                "of one size"
+            )
 
 
 def find_vae(config: Config, manifest: Manifest, device: Any) -> Any:

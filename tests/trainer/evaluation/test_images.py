@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from model.errors import UserError
-from tests.trainer.synthetic_run import SIZE, mds
+from tests.trainer.synthetic_run import SIZE, manifest, mds
 from trainer.data import open_source
+from trainer.data.mds import import_streaming
 from trainer.evaluation.images import Npz, Shards, open_pictures
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 12, 10, 3), np.uint8)
@@ -119,19 +120,21 @@ def test_latents_need_a_decoder(tmp_path, latents):
 
 @pytest.fixture
 def latents(tmp_path):
-    from tests.trainer.synthetic_run import manifest
-    from trainer.data.mds import import_streaming
+    return latent_shards(tmp_path / "latents")
 
+
+def latent_shards(to):
+    """A prepared data set of eight random latents a split."""
     shape = f"ndarray:float16:4,{SIZE},{SIZE}"
     columns = {"mean": shape, "std": shape, "label": "int"}
     random = np.random.default_rng(1)
     for split in ("train", "heldout"):
-        with import_streaming().MDSWriter(out=str(tmp_path / "latents" / split), columns=columns) as out:
+        with import_streaming().MDSWriter(out=str(to / split), columns=columns) as out:
             for k in range(8):
                 mean, std = random.normal(size=(2, 4, SIZE, SIZE)).astype(np.float16)
                 out.write({"mean": mean, "std": np.abs(std), "label": k % 4})
-    (tmp_path / "latents" / "manifest.json").write_text(json.dumps(manifest(4, "latents")))
-    return tmp_path / "latents"
+    (to / "manifest.json").write_text(json.dumps(manifest(4, "latents")))
+    return to
 
 
 def grey(path):
