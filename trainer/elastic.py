@@ -120,13 +120,14 @@ class Calibration:
 
     conditional, unconditional: (mean, mean square), each (bins,) over images, bin k of the noise level
     [k / bins, (k + 1) / bins) from clean to noisy; unconditional is of the null class. about: what they were
-    measured on.
+    measured on. gates (bins, blocks, 2): of a model with DyDiT, the shares of heads and channel groups that are open.
     """
 
     length: int
     conditional: tuple[np.ndarray, np.ndarray]
     unconditional: tuple[np.ndarray, np.ndarray]
     about: dict[str, Any]
+    gates: np.ndarray | None = None
 
     def tokens(self, fraction: float, rho: float, null: bool = False) -> tuple[float, float]:
         """Mean of M and of M^2 over images, M the tokens retained at a noise level in [0, 1] after tail drop."""
@@ -146,6 +147,8 @@ class Calibration:
         for name in ("conditional", "unconditional"):
             mean, square = getattr(self, name)
             values[name] = {"mean": _rounded(mean), "mean_square": _rounded(square)}
+        if self.gates is not None:
+            values["gates"] = [[_rounded(block) for block in level] for level in self.gates]
         beside = file.with_name(f".{file.name}.part")
         beside.write_text(json.dumps(values, indent=1) + "\n")
         beside.replace(file)
@@ -164,13 +167,14 @@ class Calibration:
                 (np.array(values[name]["mean"], float), np.array(values[name]["mean_square"], float))
                 for name in ("conditional", "unconditional")
             ]
-            length = int(values["length"])
+            length = int(values.pop("length"))
+            gates = np.array(values.pop("gates"), float) if "gates" in values else None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"--budget: {file} is not readable ({type(error).__name__}); {make} anew"
             ) from None
-        about = {k: v for k, v in values.items() if k not in ("length", "conditional", "unconditional")}
-        return cls(length, *tables, about)
+        about = {k: v for k, v in values.items() if k not in ("conditional", "unconditional")}
+        return cls(length, *tables, about, gates)
 
 
 def calibration_file(source_path: Path) -> Path:
@@ -289,10 +293,15 @@ def _price(config, calibration: Calibration | None) -> Callable[[float, float, b
             "`dcdit sweep --calibrate`"
         )
     places = np.array([2.0, (2.0 + length) / 2, float(length)])
-    c, b, a = np.polyfit(places, [flops(config, place)["total"] for place in places], 2)
+    levels = [None] if calibration.gates is None else calibration.gates.clip(0, 1).tolist()
+    curves = [
+        np.polyfit(places, [flops(config, place, gates=gates)["total"] for place in places], 2)
+        for gates in levels
+    ]
 
     def price(fraction: float, rho: float, null: bool) -> float:
         mean, square = calibration.tokens(fraction, rho, null)
+        c, b, a = curves[min(int(fraction * len(curves)), len(curves) - 1)]
         return float(a + b * mean + c * square)
 
     return price

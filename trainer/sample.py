@@ -1,7 +1,7 @@
 """`dcdit sample`: pictures from a run, an exported folder or a released checkpoint.
 
     dcdit sample --checkpoint runs/b --classes 0-9 --guidance 1.5                  # a labelled sheet
-    torchrun --nproc_per_node=8 trainer/sample.py --checkpoint runs/b --num 50000 --to samples/b --format npz
+    torchrun --nproc_per_node=8 trainer/sample.py --checkpoint runs/b --number 50000 --to samples/b --format npz
 
 The second form is resumed by the same command, on any number of processes; see docs/sampling.md.
 """

@@ -1,7 +1,7 @@
 """`dcdit sweep`: what a checkpoint gives for less compute, over rho; and the calibration that `--budget` needs.
 
     dcdit sweep --checkpoint runs/demo --num 256 --steps 50       # elastic.json, elastic.md, elastic.svg in the run
-    torchrun --nproc_per_node=8 trainer/sweep.py --checkpoint runs/b --num 10000 --features inception
+    torchrun --nproc_per_node=8 trainer/sweep.py --checkpoint runs/b --number 10000 --features inception
     dcdit sweep --checkpoint runs/demo --calibrate                # calibration.json beside the weights, nothing else
 
 Quality is the Frechet distance between features of pictures drawn and of held-out ones, and the held-out error at
@@ -15,7 +15,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from model.errors import UserError
-from trainer.elastic import BINS, Calibration, TailDrop, has_router
+from trainer.elastic import BINS, Calibration, TailDrop, calibration_file, has_router
 from trainer.sampling.arguments import add_model_flags, add_sampler_flags, check, load_guide, settings_from
 
 RHOS = "0,0.1,0.2,0.3,0.4,0.5,0.6"
@@ -55,7 +55,15 @@ def parser() -> argparse.ArgumentParser:
     add_sampler_flags(text, rho=False)
     add = text.add_argument_group("sweep").add_argument
     add("--tail-drop", default=RHOS, metavar="R,R,..", help=f"the rhos to try (default: {RHOS})")
-    add("--num", type=int, default=256, metavar="N", help="pictures to draw at each rho (default: 256)")
+    add(
+        "--number",
+        "--num",
+        dest="num",
+        type=int,
+        default=256,
+        metavar="N",
+        help="pictures to draw at each rho (default: 256)",
+    )
     add("--features", choices=("offline", "inception", "dinov2", "none"), default="offline",
         help="of the Frechet distance; none: held-out error alone (default: offline, needs no download)")  # fmt: skip
     add("--features-path", metavar="PATH", help="weights of the features, as `dcdit evaluate` takes them")
@@ -89,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
                 "--checkpoint: this model has no router, so there is no rho to sweep; --tail-drop 0 gives its one point"
             )
         sweep = Sweep(args, source, load_guide(args, source, device), world)
-        if routed:
+        if args.calibrate or (routed and not calibration_file(source.path).is_file()):
             sweep.calibrate()
         if not args.calibrate:
             sweep.run(rhos.values)
@@ -298,6 +306,7 @@ def measure(source: Any, heldout: Any, world: Any, autocast: Any, say: Any) -> C
 
     process, device, null = source.process, source.device, source.num_classes
     sums = np.zeros((2, 3, BINS))  # branch; images, sum of share, sum of its square
+    gates = None  # (bins, blocks, 2), of a model with DyDiT
     batches = list(heldout())
     seen = sum(float(part) for part in world.gather(sum(float(b["weight"].sum()) for b in batches)))
     rounds = max(1, round(CALIBRATION_IMAGES / max(seen, 1)))
@@ -311,18 +320,25 @@ def measure(source: Any, heldout: Any, world: Any, autocast: Any, say: Any) -> C
             bins = (process.time_fraction(t).cpu().numpy() * BINS).astype(int).clip(0, BINS - 1)
             for branch, labels in enumerate((y, torch.full_like(y, null))):
                 with torch.no_grad(), autocast():
-                    routing = source.model(x_t, process.model_time(t), labels).routing
-                share = routing.natural.double().mean(1).cpu().numpy()
+                    out = source.model(x_t, process.model_time(t), labels)
+                share = out.routing.natural.double().mean(1).cpu().numpy()
+                if out.gates is not None and branch == 0:
+                    open_share = out.gates.open.double().mean(-1).cpu().numpy()
+                    gates = np.zeros((BINS, *open_share.shape[1:])) if gates is None else gates
+                    np.add.at(gates, bins, open_share * weight[:, None, None])
                 for row, value in enumerate((weight, weight * share, weight * share**2)):
                     np.add.at(sums[branch, row], bins, value)
     sums = np.sum(world.gather(sums), axis=0)
-    tables = [_filled(*branch) for branch in sums]
+    tables = [_filled(count, (share, square)) for count, share, square in sums]
+    if gates is not None:
+        whole = np.sum(world.gather(gates), axis=0)
+        gates = np.stack(_filled(sums[0, 0], whole.reshape(BINS, -1).T), axis=1).reshape(whole.shape)
     about = {
         "images_seen": source.run.get("images"),
         "measured_on": "held-out images",
         "images": round(float(sums[0, 0].sum())),
     }
-    return Calibration(source.shape[1] * source.shape[2], tables[0], tables[1], about)
+    return Calibration(source.shape[1] * source.shape[2], tables[0], tables[1], about, gates)
 
 
 def uniform_time(process: Any, level: Any) -> Any:
@@ -332,10 +348,10 @@ def uniform_time(process: Any, level: Any) -> Any:
     return (level * process.num_timesteps).long()
 
 
-def _filled(count: np.ndarray, total: np.ndarray, square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means by bin; a bin nobody fell into takes its neighbours'."""
+def _filled(count: np.ndarray, totals: Iterable[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Means by bin of `totals`, each (bins,); a bin nobody fell into takes its neighbours'."""
     there, places = count > 0, np.arange(len(count))
-    return tuple(np.interp(places, places[there], values[there] / count[there]) for values in (total, square))
+    return tuple(np.interp(places, places[there], total[there] / count[there]) for total in totals)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -168,3 +168,38 @@ def test_branches_of_the_real_models_do_not_mix(name):
     if isinstance(model, DCDiT):
         kept = outputs[0].routing.retained.sum(1)
         assert kept.shape == (4,) and (kept[2:] < kept[:2]).all()
+
+
+class Weaker(Recorder):
+    """A guide of its own: another output, and no learned variance."""
+
+    def forward(self, x, t, y, tail_drop=0.0):
+        return SimpleNamespace(sample=0.5 * super().forward(x, t, y, tail_drop).sample[:, :4])
+
+
+def test_autoguidance_extrapolates_from_the_weaker_model_of_the_same_class():
+    x, t, y = inputs()
+    model, guide, seen = Recorder(), Weaker(), []
+    model_fn = guided(
+        model, y, 2.5, tail_drop=0.1, uncond_tail_drop=0.6, guide=guide, on_guide=seen.append, channels=3
+    )
+    out = model_fn(x, t)
+    good, weak = Recorder()(x, t, y, 0.1).sample, Weaker()(x, t, y, 0.6).sample
+    torch.testing.assert_close(out[:, :3], weak[:, :3] + 2.5 * (good[:, :3] - weak[:, :3]))
+    torch.testing.assert_close(out[:, 3:], good[:, 3:])
+    assert torch.equal(guide.calls[0].y, y) and guide.calls[0].x.shape[0] == 3 and len(seen) == 1
+    assert len(model.calls) == 1
+
+
+def test_autoguidance_rests_outside_of_the_interval():
+    x, t, y = inputs()
+    guide = Weaker()
+    out = guided(Recorder(), y, 2.0, guide=guide, interval=(0.5, 0.9))(x, t)
+    assert guide.calls == [] and torch.equal(out, Recorder()(x, t, y).sample)
+
+
+def test_rho_may_be_a_function_of_the_time():
+    x, t, y = inputs()
+    model = Recorder()
+    guided(model, y, 2.0, tail_drop=lambda t: t / 1000, uncond_tail_drop=lambda t: 0.9)(x, t)
+    torch.testing.assert_close(model.calls[0].tail_drop, torch.tensor([0.25] * 3 + [0.9] * 3))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import UserError
-from trainer.elastic import Budget, TailDrop
+from trainer.elastic import Budget, TailDrop, call_times
 
 if TYPE_CHECKING:
     from trainer.drawing import Settings
@@ -36,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--per-class", type=int, metavar="N", help="pictures per class on the sheet (default: 1)"
     )
-    what.add_argument("--num", type=int, metavar="N", help="this many pictures into the folder --to")
+    what.add_argument("--number", "--num", dest="num", type=int, metavar="N",
+                      help="this many pictures into the folder --to (under torchrun write --number: it may take "
+                      "--num for an option of its own)")  # fmt: skip
     what.add_argument("--to", metavar="FILE.png|DIR", help="default of a sheet: samples/ in the run's folder")
     what.add_argument("--format", choices=FORMATS, help="with --num: png (one file each), webdataset (tars) or npz "
                       "(ADM's: arr_0 uint8 NHWC, arr_1 labels) (default: png)")  # fmt: skip
@@ -138,6 +140,8 @@ def check(args: argparse.Namespace) -> None:
         Budget.parse(args.budget)
         if args.tail_drop is not None:
             raise UserError("--budget: chooses the rho of --tail-drop; give one of them")
+        if args.teacache is not None:
+            raise UserError("--budget: what --teacache will leave out cannot be foreseen; give --tail-drop")
 
 
 def check_sample(args: argparse.Namespace, processes: int) -> None:
@@ -168,6 +172,9 @@ def settings_from(args: argparse.Namespace, source: Source) -> Settings:
 
     Raises UserError for a sampler of the other family, or one that is not installed.
     """
+    import torch
+
+    from model.diffusion import guided
     from model.diffusion.solvers import SOLVERS, require_diffusers
     from trainer.drawing import Settings
 
@@ -180,9 +187,13 @@ def settings_from(args: argparse.Namespace, source: Source) -> Settings:
         )
     if method in SOLVERS:
         require_diffusers(method)
+    if (args.guidance_channels or 0) > source.shape[0]:
+        raise UserError(
+            f"--guidance-channels: {args.guidance_channels}, the model has {source.shape[0]} channels"
+        )
     many = getattr(args, "num", None) is not None
     drop, other = getattr(args, "tail_drop", None), args.uncond_tail_drop
-    return Settings(
+    settings = Settings(
         steps=args.steps or (DDPM_STEPS if many and method == "ddpm" else STEPS), method=method,
         guidance=args.guidance, tail_drop=_number(TailDrop.parse(drop or "0")),
         uncond_tail_drop=None if other is None else _number(TailDrop.parse(other, "--uncond-tail-drop")),
@@ -190,6 +201,10 @@ def settings_from(args: argparse.Namespace, source: Source) -> Settings:
         clip=args.clip, guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None,
         guidance_channels=args.guidance_channels, eta=args.eta, teacache=args.teacache,
     )  # fmt: skip
+    # What the sampler and guidance would refuse at the first picture, they refuse now.
+    call_times(process, settings.steps, method, settings.eta)
+    guided(source.model, torch.zeros(1), settings.guidance, interval=settings.guidance_interval)
+    return settings
 
 
 def load_guide(args: argparse.Namespace, source: Source, device: str) -> Source | None:

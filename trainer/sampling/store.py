@@ -47,7 +47,7 @@ class Store:
         if file.is_file():
             before = _read(file)
             changed = [k for k in record if k not in FREE and before.get(k) != record[k]]
-            if changed:
+            if changed and (before.get("complete") or any(self.parts.glob("*.npz"))):
                 key = changed[0]
                 raise UserError(
                     f"--to: {self.folder} holds pictures made with {key} {before.get(key)!r}, now it is "

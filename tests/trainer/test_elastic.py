@@ -1,0 +1,278 @@
+"""Tail drop by image and by timestep, and budgets kept by a trained model."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from model.diffusion import guided, make_process
+from model.errors import UserError
+from model.flops import flops
+from tests.trainer.synthetic_run import export, tiny_model
+from trainer import cli
+from trainer.drawing import Settings, generate, load_source
+from trainer.elastic import Budget, Calibration, Cost, TailDrop, call_times, with_budget
+
+FEW = ["--heldout", "64", "--batch", "16"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of the real trainer on the embedded photographs: 80 steps of 16 at 8 x 8, most of the cost in the
+    backbone, as in the models of the paper."""
+    from trainer.prepare import main as prepare
+    from trainer.train import main as train
+
+    folder = tmp_path_factory.mktemp("elastic")
+    shards = str(folder / "photos")
+    assert prepare(["photos", "--to", shards, "--samples-per-class", "8", "--size", "8"]) == 0
+    overrides = [
+        f"data.path={shards}", f"run.dir={folder / 'run'}", "model.overrides={hidden_size: 64, depth: 4, num_heads: 2,"
+        " enc_dec_dim_factor: 1, mlp_ratio: 24.0}",
+        "train.total_images=1280", "train.global_batch_size=16", "train.precision=fp32",
+        "train.tail_drop_after=512", "optimizer.lr=2e-3", "optimizer.warmup_images=64", "ema.decay=0.95",
+        "eval.every=1280", "eval.count=16", "eval.batch_size=16", "checkpoint.every=1280", "log.every=50",
+        "data.num_workers=0", "log.tensorboard=false",
+    ]  # fmt: skip
+    assert train(["--device", "cpu", "--config", "configs/recipe/demo.yaml", *overrides]) == 0
+    assert cli.main(["sweep", "--checkpoint", str(folder / "run"), "--calibrate", *FEW]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "starts"),
+    [
+        ("0.3", (0.3,), ()),
+        ("0,0.25,0.5", (0.0, 0.25, 0.5), ()),
+        ("0:0.6,500:0.2", (0.6, 0.2), (0.0, 500.0)),
+        ("0:1", (1.0,), (0.0,)),
+    ],
+)
+def test_tail_drop_is_read_and_written(text, values, starts):
+    drop = TailDrop.parse(text)
+    assert (drop.values, drop.starts) == (values, starts)
+    assert TailDrop.parse(str(drop)) == drop
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("half", "is none of"),
+        ("0.1,2", "between 0 and 1, not 2"),
+        ("500:0.2", "must begin with 0"),
+        ("0:0.1,600:0.2,300:0.3", "must begin with 0 and rise"),
+        ("0:0.1,0.2", "is none of"),
+        ("0:1:2", "is none of"),
+        ("", "is none of"),
+    ],
+)
+def test_wrong_tail_drops_are_named(text, said):
+    with pytest.raises(UserError, match=said):
+        TailDrop.parse(text, "--uncond-tail-drop")
+
+
+class Listening(torch.nn.Module):
+    """Notes the tail drop of every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = tiny_model().config
+        self.seen = []
+
+    def forward(self, x, t, y, tail_drop):
+        self.seen.append((float(t[0]), [round(float(v), 4) for v in tail_drop]))
+        return type("Output", (), {"sample": torch.cat([x, x], 1), "routing": None})()
+
+
+def test_a_schedule_goes_by_the_time_and_a_list_by_the_image():
+    process, model, y = make_process(), Listening(), torch.tensor([0, 1])
+    by_time = TailDrop.parse("0:0.6,500:0.2").for_images([0, 1], "cpu")
+    model_fn = guided(model, y, 2.0, tail_drop=by_time, uncond_tail_drop=0.9)
+    process.sample(model_fn, torch.zeros(2, 3, 4, 4), 5, method="ddim")
+    assert model.seen == [
+        (t, [rho, rho, 0.9, 0.9]) for t, rho in ((999, 0.2), (749, 0.2), (500, 0.2), (250, 0.6), (0, 0.6))
+    ]
+    model.seen.clear()
+    turns = TailDrop.parse("0,0.5,0.25")
+    model_fn = guided(model, y, tail_drop=turns.for_images([4, 5], "cpu"))
+    process.sample(model_fn, torch.zeros(2, 3, 4, 4), 1)
+    assert model.seen == [(999.0, [0.5, 0.25])]
+
+
+@pytest.mark.parametrize(
+    ("text", "gflops"),
+    [("30TFLOPs", 30_000), ("1.5 tflops", 1_500), ("800GFLOPs", 800), ("2pflops", 2e6), ("60%", 60)],
+)
+def test_budgets_are_read(text, gflops):
+    assert Budget.parse(text).gflops(full=100.0) == pytest.approx(gflops)
+
+
+@pytest.mark.parametrize("text", ["30", "0%", "-3TFLOPs", "many", "3 bananas"])
+def test_wrong_budgets_are_named(text):
+    with pytest.raises(UserError, match="--budget"):
+        Budget.parse(text)
+
+
+def test_calibration_foresees_the_moments_of_what_stays():
+    """Against counts drawn from the distribution itself, floor(rho n) dropped as the ops do it."""
+    counts = np.random.default_rng(0).integers(150, 350, 200_000)
+    share = counts / 1024
+    table = (np.full(4, share.mean()), np.full(4, (share**2).mean()))
+    calibration = Calibration(1024, table, table, {})
+    for rho in (0.0, 0.13, 0.3, 0.77):
+        stay = counts - np.floor(counts * rho)
+        mean, square = calibration.tokens(0.4, rho)
+        assert mean == pytest.approx(stay.mean(), rel=2e-3) and square == pytest.approx(
+            (stay**2.0).mean(), rel=4e-3
+        )
+
+
+def test_calibration_survives_its_file_and_a_broken_one_is_named(tmp_path):
+    tables = [(np.linspace(0.2, 0.3, 5), np.linspace(0.05, 0.1, 5)) for _ in range(2)]
+    Calibration(64, *tables, {"images": 9}).write(tmp_path)
+    back = Calibration.read(tmp_path)
+    assert back.length == 64 and back.about == {"images": 9}
+    assert np.allclose(back.conditional, tables[0], atol=1e-6)
+    (tmp_path / "calibration.json").write_text('{"length": 64}')
+    with pytest.raises(UserError, match="is not readable.*dcdit sweep"):
+        Calibration.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "steps", "calls"),
+    [("gaussian", "ddpm", 7, 7), ("gaussian", "ddim", 3, 3), ("flow", "euler", 4, 4), ("flow", "heun", 4, 8)],
+)
+def test_the_cost_knows_every_call(kind, method, steps, calls):
+    times = call_times(make_process(kind), steps, method)
+    assert len(times) == calls and times[0] == (999 if kind == "gaussian" else 1000)
+
+
+def test_the_cost_is_that_of_the_flops_where_nothing_varies(tmp_path):
+    source = load_source(export(tmp_path, tiny_model()), "cpu")
+    share = 16 / 64
+    calibration = Calibration(64, (np.full(3, share), np.full(3, share**2)), (np.ones(3), np.ones(3)), {})
+    config = source.model.config
+    settings = Settings(steps=6, guidance=2.0, guidance_interval=(0.3, 0.7))
+    one, null = flops(config, 16)["total"] / 1e9, flops(config, 64)["total"] / 1e9
+    assert Cost(source, settings, calibration).gflops() == pytest.approx(6 * one + 2 * null)
+    plain = Cost(source, Settings(steps=6), calibration)
+    assert plain.gflops(0.0) == pytest.approx(6 * one)
+    costs = [plain.gflops(rho) for rho in (0.0, 0.2, 0.5, 0.9)]
+    assert costs == sorted(costs, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("budget", "settings"),
+    [
+        ("75%", Settings(steps=12, batch=38)),
+        ("85%", Settings(steps=12, batch=38, method="ddim")),
+        ("80%", Settings(steps=12, batch=38, guidance=1.5)),
+        (
+            "88%",
+            Settings(steps=12, batch=38, guidance=1.5, uncond_tail_drop=0.9, guidance_interval=(0.2, 0.8)),
+        ),
+    ],
+)
+def test_a_trained_model_keeps_to_its_budget(trained, budget, settings):
+    source = load_source(trained, "cpu")
+    labels = [k % source.num_classes for k in range(38)]
+    chosen, record = with_budget(budget, settings, source)
+    assert 0 < chosen.tail_drop < 0.95
+    full = generate(source, labels, settings).gflops.mean()
+    spent = generate(source, labels, chosen).gflops.mean()
+    wanted = Budget.parse(budget).amount * full
+    assert record["gflops_at_0"] == pytest.approx(full, rel=0.02)
+    assert spent == pytest.approx(wanted, rel=0.02), f"spent {spent:.4g} of {wanted:.4g} GFLOPs"
+
+
+def test_a_budget_in_flops_reaches_the_command(trained, tmp_path, capsys):
+    target = tmp_path / "a.png"
+    words = ["sample", "--checkpoint", str(trained), "--classes", "0-7", "--steps", "10", "--to", str(target)]
+    assert cli.main(words) == 0
+    full = json.loads(target.with_suffix(".json").read_text())["gflops_per_picture"]
+    assert cli.main([*words, "--budget", f"{0.8 * full:.4f}GFLOPs"]) == 0
+    record = json.loads(target.with_suffix(".json").read_text())
+    assert record["gflops_per_picture"] == pytest.approx(0.8 * full, rel=0.03)
+    assert record["budget"]["asked"].endswith("GFLOPs") and record["tail_drop"] > 0.1
+    assert "rho" in capsys.readouterr().out
+
+
+def test_a_budget_out_of_reach_says_what_there_is(trained):
+    source = load_source(trained, "cpu")
+    with pytest.raises(UserError, match="too little.*at least .* GFLOPs"):
+        with_budget("0.001GFLOPs", Settings(steps=5), source)
+    assert with_budget("3TFLOPs", Settings(steps=5), source)[0].tail_drop == 0.0
+
+
+def test_a_budget_without_calibration_or_router_says_what_to_do(tmp_path):
+    source = load_source(export(tmp_path / "a", tiny_model()), "cpu")
+    with pytest.raises(
+        UserError, match=r"no calibration of this checkpoint.*`dcdit sweep --checkpoint .* --calibrate`"
+    ):
+        with_budget("60%", Settings(), source)
+    dense = load_source(export(tmp_path / "b", tiny_model(baseline=True)), "cpu")
+    with pytest.raises(UserError, match="no router"):
+        with_budget("60%", Settings(), dense)
+
+
+def test_sweep_writes_the_curve(trained, capsys):
+    words = ["--tail-drop", "0,0.3,0.6", "--num", "24", "--steps", "6", "--guidance", "1.5"]
+    assert cli.main(["sweep", "--checkpoint", str(trained), *words, *FEW]) == 0
+    curve = json.loads((trained / "elastic.json").read_text())
+    assert (curve["steps"], curve["method"], curve["guidance"]) == (6, "ddpm", 1.5)
+    assert (curve["features"], curve["metric"]) == ("offline", "frechet")
+    rows = curve["rows"]
+    assert [row["tail_drop"] for row in rows] == [0, 0.3, 0.6]
+    for key, falls in (("gflops_per_image", True), ("retained_share", True)):
+        values = [row[key] for row in rows]
+        assert values == sorted(values, reverse=falls)
+    assert all(row["frechet"] > 0 and row["heldout_mse"] > 0 and row["images_per_s"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert (trained / "elastic.md").read_text().strip() in printed
+    picture = ElementTree.parse(trained / "elastic.svg").getroot()
+    assert picture.tag.endswith("svg") and len(picture.findall(".//{*}circle")) == 3
+
+
+def test_sweep_without_features_has_the_heldout_error_alone(trained, tmp_path):
+    words = [
+        "--tail-drop",
+        "0,0.5",
+        "--num",
+        "4",
+        "--steps",
+        "2",
+        "--features",
+        "none",
+        "--to",
+        str(tmp_path),
+    ]
+    assert cli.main(["sweep", "--checkpoint", str(trained), *words, *FEW]) == 0
+    curve = json.loads((tmp_path / "elastic.json").read_text())
+    assert curve["metric"] == "heldout_mse" and curve["rows"][0]["frechet"] is None
+    assert curve["rows"][0]["heldout_mse"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tail-drop", "0:0.5"], "a sweep takes a list of numbers"),
+        (["--num", "0"], "--num: must be at least 1"),
+        (["--method", "heun"], "does not fit a model of gaussian diffusion"),
+        (["--data", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_arguments_of_a_sweep_are_one_line(trained, words, said, capsys):
+    assert cli.main(["sweep", "--checkpoint", str(trained), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+def test_a_sweep_needs_data_and_a_router(tmp_path, capsys):
+    folder = export(tmp_path / "a", tiny_model())
+    assert cli.main(["sweep", "--checkpoint", str(folder), "--calibrate"]) == 2
+    assert "--data: " in capsys.readouterr().err
+    folder = export(tmp_path / "b", tiny_model(baseline=True))
+    assert cli.main(["sweep", "--checkpoint", str(folder), "--calibrate"]) == 2
+    assert "no router" in capsys.readouterr().err
