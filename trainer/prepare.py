@@ -18,6 +18,7 @@ from model.errors import UserError
 from trainer.data.manifest import FORMATS, Manifest
 from trainer.data.open import open_source
 from trainer.data.photos import CROP_PIXELS, PHOTOS, write_photos
+from trainer.data.size import join_sizes, parse_size
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,8 +33,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _photos_parser(commands) -> None:
     about = (
-        f"Random square crops of {len(PHOTOS)} photographs that ship inside scikit-image and scikit-learn, "
-        "one class per photograph, reduced to small RGB squares. Training crops come from the left 78 % of "
+        f"Random crops of {len(PHOTOS)} photographs that ship inside scikit-image and scikit-learn, one class "
+        "per photograph, reduced to small RGB pictures. Training crops come from the left 78 % of "
         "each photograph, held-out crops (a fifth as many) from the right 20 %. Nothing is downloaded; the "
         "same arguments write the same bytes, and a data set that is there already is left as it is."
     )
@@ -51,10 +52,9 @@ def _photos_parser(commands) -> None:
     )
     add(
         "--size",
-        type=int,
-        default=32,
+        default="32",
         metavar="PX",
-        help=f"side in pixels, 8 to {CROP_PIXELS[0]} (default: 32)",
+        help=f"side in pixels, 8 to {CROP_PIXELS[0]}, or height and width: 24x40 or 24 40 (default: 32)",
     )
     add("--seed", type=int, default=0, help="another seed, other crops (default: 0)")
     add("--overwrite", action="store_true", help="replace photographs made with other arguments")
@@ -75,10 +75,9 @@ def _images_parser(commands) -> None:
     add("--to", type=Path, required=True, metavar="DIR", help="folder to write")
     add(
         "--size",
-        type=int,
-        default=256,
+        default="256",
         metavar="PX",
-        help="side after the crop, a multiple of 8 (default: 256)",
+        help="side after the crop, or height and width: 256x384 or 256 384; multiples of 8 (default: 256)",
     )
     add(
         "--vae",
@@ -148,7 +147,7 @@ class _Progress:
 def _photos(args: argparse.Namespace) -> None:
     with _Progress("crop") as progress:
         manifest, written = write_photos(
-            args.to, args.samples_per_class, args.size, args.seed, args.overwrite, progress
+            args.to, args.samples_per_class, parse_size(args.size), args.seed, args.overwrite, progress
         )
     _report(args.to, manifest, written)
 
@@ -160,7 +159,7 @@ def _images(args: argparse.Namespace) -> None:
     options = Options(
         args.source.expanduser(),
         args.to.expanduser(),
-        size=args.size,
+        size=parse_size(args.size),
         vae=args.vae or DEFAULT_VAE,
         scale=args.scale,
         mirror=not args.no_mirror,
@@ -195,8 +194,8 @@ def _report(to: Path, manifest: Manifest, written: bool) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `dcdit prepare` with `argv` (default: the command line); the exit status."""
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(join_sizes(sys.argv[1:] if argv is None else argv))
         args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

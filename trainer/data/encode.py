@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from model.errors import UserError
+from trainer.data.size import Size, as_flag, as_size
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 DEFAULT_SCALE = 0.18215
@@ -62,18 +63,18 @@ def fingerprint(vae: Any) -> str:
     return digest.hexdigest()
 
 
-def latent_shape(vae: Any, size: int) -> tuple[int, int, int]:
-    """(C, H, W) of the latents of a square image. Raises UserError if `size` does not divide."""
+def latent_shape(vae: Any, size: int | Size) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of an image; `size` its side, or both. Raises UserError if one does not divide."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if size % factor:
-        raise UserError(
-            f"--size {size}: this VAE needs a multiple of {factor}: {size - size % factor or factor}"
-        )
-    return vae.config.latent_channels, size // factor, size // factor
+    sides = as_size(size)
+    if any(side % factor for side in sides):
+        below = tuple(side - side % factor or factor for side in sides)
+        raise UserError(f"--size {as_flag(sides)}: this VAE needs a multiple of {factor}: {as_flag(below)}")
+    return vae.config.latent_channels, sides[0] // factor, sides[1] // factor
 
 
 class Pixels:
-    """Stores images as they are: column image (3, size, size) uint8."""
+    """Stores images as they are: column image (3, height, width) uint8."""
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | str]:
         return [{"image": np.ascontiguousarray(image.transpose(2, 0, 1))} for image in images]
@@ -87,7 +88,7 @@ class Latents:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | str]:
-        """Columns of each image (size, size, 3) uint8, or why there are none."""
+        """Columns of each image (height, width, 3) uint8, or why there are none."""
         device = next(self.vae.parameters()).device
         x_BCHW = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         found = {}

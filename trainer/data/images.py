@@ -27,6 +27,7 @@ from trainer.data.listing import Item, Listing, list_images, parts_of, split_and
 from trainer.data.manifest import NAME, Manifest, checksum
 from trainer.data.open import open_source
 from trainer.data.shards import write_index
+from trainer.data.size import Size, as_flag, as_size, brief, in_words
 
 PROGRESS, SKIPPED = "progress.json", "skipped.txt"
 SPLITS = ("train", "heldout")
@@ -34,11 +35,11 @@ SPLITS = ("train", "heldout")
 
 @dataclass(frozen=True)
 class Options:
-    """What `dcdit prepare images` was asked for; see its help."""
+    """What `dcdit prepare images` was asked for; see its help. `size`: the side, or (height, width)."""
 
     source: Path
     to: Path
-    size: int = 256
+    size: int | Size = 256
     vae: str = encode.DEFAULT_VAE
     scale: float | None = None
     mirror: bool = True
@@ -102,8 +103,8 @@ class Done:
 
 def check(options: Options) -> None:
     """Numbers out of range, as UserError."""
-    if options.size < 8 or options.size % 8:
-        raise UserError(f"--size {options.size}: a multiple of 8 (256 and 512 are usual)")
+    if any(side < 8 or side % 8 for side in as_size(options.size)):
+        raise UserError(f"--size {as_flag(as_size(options.size))}: a multiple of 8 (256 and 512 are usual)")
     for name in ("workers", "batch", "shard_bytes"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -123,10 +124,11 @@ def make_plan(options: Options) -> Plan:
     count = len(listing.items)
     heldout = options.heldout if options.heldout is not None else max(1, min(1024, count // 20))
     splits = split_and_order(listing, heldout, options.seed)
-    kind, shape, scale, weights = "pixels", (3, options.size, options.size), 1.0, ""
+    size = as_size(options.size)
+    kind, shape, scale, weights = "pixels", (3, *size), 1.0, ""
     if options.vae != "none":
         vae = encode.load_vae(options.vae)
-        kind, shape, weights = "latents", encode.latent_shape(vae, options.size), encode.fingerprint(vae)
+        kind, shape, weights = "latents", encode.latent_shape(vae, size), encode.fingerprint(vae)
         scale = options.scale or getattr(vae.config, "scaling_factor", None) or encode.DEFAULT_SCALE
     numbers = shape[0] * shape[1] * shape[2]
     bytes_each = numbers if kind == "pixels" else numbers * (8 if options.mirror else 4)
@@ -134,13 +136,13 @@ def make_plan(options: Options) -> Plan:
     parts = {(s, k): p for s in SPLITS for k, p in enumerate(parts_of(splits[s], part))}
     recipe = {
         "command": "images", "source": str(options.source.resolve()), "images": count,
-        "listing": listing.checksum, "size": options.size, "vae": encode.vae_name(options.vae),
+        "listing": listing.checksum, "size": brief(size), "vae": encode.vae_name(options.vae),
         "weights": weights, "scale": scale, "mirror": options.mirror, "heldout": heldout,
         "format": options.format, "shard_bytes": options.shard_bytes, "seed": options.seed,
     }  # fmt: skip
     manifest = Manifest(
         kind, *shape, listing.class_names, {s: len(splits[s]) for s in SPLITS}, scale,
-        None if options.mirror else (), f"images of {options.source.name}, {options.size}x{options.size}",
+        None if options.mirror else (), f"images of {options.source.name}, {in_words(size)}",
         recipe, options.format, {}, "" if kind == "pixels" else recipe["vae"],
     )  # fmt: skip
     return Plan(manifest, parts, listing, recipe)

@@ -11,6 +11,7 @@ import numpy as np
 
 from model.errors import UserError
 from trainer import randomness
+from trainer.data.size import Size, as_size
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 LAYOUT = "images must lie in one folder per class, as CLASS/NAME.jpg"
@@ -165,23 +166,24 @@ def reader(source: Path) -> Callable[[Item], bytes]:
     return read
 
 
-def centre_crop(picture, size: int) -> np.ndarray:
-    """The centre square of a PIL picture, as ADM and DiT take it: (size, size, 3) uint8 RGB.
+def centre_crop(picture, size: int | Size) -> np.ndarray:
+    """The middle of a PIL picture, as ADM and DiT take it: (height, width, 3) uint8 RGB; `size` a side or both.
 
-    Halved by area as long as the short side is at least twice `size`, then resized bicubically until the short
-    side is `size`, then cropped to the middle. Pictures that are too small are enlarged.
+    Halved by area as long as both sides are at least twice the wanted ones, then resized bicubically until the
+    picture just covers them, then cropped to the middle. Pictures that are too small are enlarged.
     """
     from PIL import Image
 
+    height, width = as_size(size)
     picture = picture.convert("RGB")
-    while min(picture.size) >= 2 * size:
+    while picture.width >= 2 * width and picture.height >= 2 * height:
         halves = tuple(side // 2 for side in picture.size)
         picture = picture.resize(halves, resample=Image.Resampling.BOX)
-    scale = size / min(picture.size)
+    scale = max(width / picture.width, height / picture.height)
     sides = tuple(round(side * scale) for side in picture.size)
     picture = picture.resize(sides, resample=Image.Resampling.BICUBIC)
-    left, top = ((side - size) // 2 for side in picture.size)
-    return np.asarray(picture)[top : top + size, left : left + size]
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return np.asarray(picture)[top : top + height, left : left + width]
 
 
 def parts_of(items: Sequence[Item], size: int) -> list[list[Item]]:

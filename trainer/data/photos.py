@@ -1,6 +1,6 @@
 """A small data set of real photographs, made from what ships inside scikit-image and scikit-learn.
 
-One class per photograph. A sample is a random square crop, reduced to a small square by area. Training crops
+One class per photograph. A sample is a random crop, square or of the shape asked for, reduced by area. Training crops
 come from the left 78 % of each photograph, held-out crops from the right 20 %: not one pixel is in both.
 Nothing is downloaded.
 """
@@ -21,6 +21,7 @@ from trainer import randomness
 from trainer.data.manifest import Manifest
 from trainer.data.mds import import_streaming
 from trainer.data.open import open_source
+from trainer.data.size import Size, as_flag, as_size, brief
 
 TRAIN_SHARE, HELDOUT_SHARE = 0.78, 0.20  # of the width, from the left and from the right
 CROP_PIXELS = (48, 160)
@@ -84,31 +85,37 @@ def regions(width: int, height: int) -> dict[str, tuple[int, int, int, int]]:
     }
 
 
-def crop_box(region: tuple[int, int, int, int], random: np.random.Generator) -> tuple[int, int, int, int]:
-    """A random square inside a region: its side uniform in CROP_PIXELS as far as it fits, then its place."""
+def crop_box(
+    region: tuple[int, int, int, int], random: np.random.Generator, shape: Size = (1, 1)
+) -> tuple[int, int, int, int]:
+    """A random box inside a region, its sides as `shape` (height : width): the longer side uniform in CROP_PIXELS
+    as far as it fits, then its place."""
     left, top, right, bottom = region
-    most = min(CROP_PIXELS[1], right - left, bottom - top)
+    long = max(shape)
+    most = min(CROP_PIXELS[1], (right - left) * long // shape[1], (bottom - top) * long // shape[0])
     side = int(random.integers(min(CROP_PIXELS[0], most), most + 1))
-    x = int(random.integers(left, right - side + 1))
-    y = int(random.integers(top, bottom - side + 1))
-    return x, y, x + side, y + side
+    height, width = (max(1, side * part // long) for part in shape)
+    x = int(random.integers(left, right - width + 1))
+    y = int(random.integers(top, bottom - height + 1))
+    return x, y, x + width, y + height
 
 
-def crops(seed: int, split: str, label: int, count: int, size: int) -> Iterator[dict]:
-    """`count` samples of one class: image (3, size, size) uint8, label, box (4,) int32 in the photograph."""
+def crops(seed: int, split: str, label: int, count: int, size: int | Size) -> Iterator[dict]:
+    """`count` samples of one class: image (3, height, width) uint8, label, box (4,) int32 in the photograph."""
     from PIL import Image
 
     photo = load_photo(PHOTOS[label])
     region = regions(*photo.size)[split]
+    height, width = as_size(size)
     for place in range(count):
-        box = crop_box(region, randomness.rng(seed, f"photos/{split}", label, place))
-        small = photo.resize((size, size), Image.Resampling.BOX, box=box)
+        box = crop_box(region, randomness.rng(seed, f"photos/{split}", label, place), (height, width))
+        small = photo.resize((width, height), Image.Resampling.BOX, box=box)
         image = np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
         yield {"image": image, "label": label, "box": np.array(box, dtype=np.int32)}
 
 
-def _recipe(samples_per_class: int, size: int, seed: int) -> dict:
-    return {"command": "photos", "samples_per_class": samples_per_class, "size": size, "seed": seed}
+def _recipe(samples_per_class: int, size: Size, seed: int) -> dict:
+    return {"command": "photos", "samples_per_class": samples_per_class, "size": brief(size), "seed": seed}
 
 
 def _present(to: Path) -> Manifest | None:
@@ -165,7 +172,7 @@ def _built_beside(to: Path):
 def write_photos(
     to: str | Path,
     samples_per_class: int = 300,
-    size: int = 32,
+    size: int | Size = 32,
     seed: int = 0,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -181,8 +188,9 @@ def write_photos(
     """
     if samples_per_class < 1:
         raise UserError(f"--samples-per-class {samples_per_class}: at least 1")
-    if not 8 <= size <= CROP_PIXELS[0]:
-        raise UserError(f"--size {size}: between 8 and {CROP_PIXELS[0]}, the smallest crop")
+    size = as_size(size)
+    if not all(8 <= side <= CROP_PIXELS[0] for side in size):
+        raise UserError(f"--size {as_flag(size)}: between 8 and {CROP_PIXELS[0]}, the smallest crop")
     to = Path(to).expanduser().absolute()
     recipe = _recipe(samples_per_class, size, seed)
     present = _present(to)
@@ -200,8 +208,8 @@ def write_photos(
     manifest = Manifest(
         kind="pixels",
         channels=3,
-        height=size,
-        width=size,
+        height=size[0],
+        width=size[1],
         class_names=tuple(photo.name for photo in PHOTOS),
         splits={split: count * len(PHOTOS) for split, count in counts.items()},
         flip=tuple(k for k, photo in enumerate(PHOTOS) if photo.flip),
@@ -215,10 +223,10 @@ def write_photos(
 
 
 def _write_splits(
-    part: Path, manifest: Manifest, counts: dict[str, int], size: int, seed: int, progress
+    part: Path, manifest: Manifest, counts: dict[str, int], size: Size, seed: int, progress
 ) -> None:
     writer = import_streaming().MDSWriter
-    columns = {"image": f"ndarray:uint8:3,{size},{size}", "label": "int", "box": "ndarray:int32:4"}
+    columns = {"image": f"ndarray:uint8:3,{size[0]},{size[1]}", "label": "int", "box": "ndarray:int32:4"}
     done = 0
     for split, count in counts.items():
         out = dict(out=str(part / split), compression="zstd", hashes=["xxh64"], size_limit=SHARD_BYTES)
