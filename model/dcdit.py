@@ -4,6 +4,7 @@ Shape letters: B images, C channels, H x W grid of the latent, L = H*W tokens in
 E width of encoder and decoder, D width of the backbone, T retained tokens of the whole batch.
 """
 
+from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -76,13 +77,15 @@ class DCDiT(Pretrained, nn.Module):
         y: Tensor,
         tail_drop: float | Tensor = 0.0,
         cache: "TeaCache | None" = None,
+        capacity: float | None = None,
     ) -> DCDiTOutput:
         """x (B, C, H, W) floating, t (B,) whole or float, y (B,) int64 in 0..K (K: no class) -> DCDiTOutput.
 
         tail_drop: share of the retained tokens to leave out, one number or one per image (B,), in [0, 1]. cache: what
-        a TeaCache hands over when it is called in the model's place.
-        Raises ValueError for shapes that do not fit. One device-to-host read (chunking.finish) with exact packing
-        and in eval mode, none in training with packing by capacity.
+        a TeaCache hands over when it is called in the model's place. capacity: pack into B * ceil(capacity * L) rows,
+        whatever the mode; in (0, 1]. None packs as the config says in training mode and exactly in eval mode.
+        Raises ValueError for shapes that do not fit. One device-to-host read (chunking.finish) with exact packing,
+        none with packing by capacity.
         """
         grid = check_inputs(self.config, x, t, y)
         backend = self.config.ops_backend
@@ -95,7 +98,9 @@ class DCDiT(Pretrained, nn.Module):
         x_BLD = self.encoder(x_BLE, adapted_BD, grid)
 
         boundary_prob_BL = self.router(x_BLD, grid)
-        selected = chunking.select(boundary_prob_BL, tail_drop, backend, self._capacity(boundary_prob_BL))
+        selected = chunking.select(
+            boundary_prob_BL, tail_drop, backend, self._capacity(boundary_prob_BL, capacity)
+        )
         residual_BLD = self.residual_proj(x_BLD)
         routing = chunking.finish(boundary_prob_BL, selected, grid)
 
@@ -152,12 +157,15 @@ class DCDiT(Pretrained, nn.Module):
         self.router.rescale(logits, round(logits.numel() / self.config.target_ratio))
         return share
 
-    def _capacity(self, like_BL: Tensor) -> int | None:
+    def _capacity(self, like_BL: Tensor, asked: float | None) -> int | None:
         """Rows of the packed batch where that is fixed, else None.
 
-        Only in training mode: its batches mix all noise levels. A sampler's batch has one, and at low noise most of
-        its images would retain more than the mean that the capacity is made for.
+        The config's only in training mode: its batches mix all noise levels. A sampler's batch has one, and at low
+        noise most of its images would retain more than the mean that the capacity is made for.
         """
+        if asked is not None:
+            # A multiple of the batch: where the batch is a symbol, as in torch.export, the rows stay linear in it.
+            return like_BL.shape[0] * chunking.capacity(share_of(asked), 1, like_BL.shape[1])
         if self.capacity_share is None or not self.training:
             return None
         return chunking.capacity(self.capacity_share, *like_BL.shape)
@@ -192,6 +200,13 @@ def gate_router(config) -> GateRouter | None:
     if config.dydit is None:
         return None
     return GateRouter(config.hidden_size, config.depth, config.num_heads)
+
+
+def share_of(capacity: float) -> tuple[int, int]:
+    """A share of the grid as a fraction of whole numbers. Raises ValueError outside of (0, 1]."""
+    if not 0 < capacity <= 1:
+        raise ValueError(f"capacity={capacity} is not above 0 and at most 1")
+    return Fraction(capacity).limit_denominator(10**6).as_integer_ratio()
 
 
 def attention_for(config, x: Tensor) -> str:

@@ -50,8 +50,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         or x.dtype != torch.float32
         or weight.dtype != torch.float32
         or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()  # before the count: a number of rows that is a symbol must not be decided on
         or x.numel() < _MIN_ROWS * x.shape[-1]
-        or torch.compiler.is_compiling()
     )
     if plain:
         return F.linear(x, weight, bias)

@@ -22,6 +22,16 @@ class Pretrained:
         """Numbers in the weights, the frozen position table included (as the paper's tables count)."""
         return sum(p.numel() for p in self.parameters()) + self.pos_embed.numel()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.pos_embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in."""
+        return next(self.parameters()).dtype
+
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write model.safetensors and config.json to `folder`, each beside its place and then moved there."""
         save_weights(folder, type(self).__name__, self.config, self.state_dict())

@@ -140,7 +140,7 @@ def find_export(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise UserError(f"--checkpoint: no such file or folder {path}")
-    candidates = [path, path / "ema"]
+    candidates = [path, path / "ema", path / "transformer"]  # the last of a pipeline's folder
     if (path / "checkpoints").is_dir():
         latest = find_latest(path / "checkpoints")
         if latest is not None:

@@ -1,11 +1,14 @@
-"""Weights of a run or a checkpoint, of any engine, as one folder of safetensors.
+"""A trained model as files for others: safetensors, a pipeline folder, a `torch.export` program.
 
     dcdit export runs/b --to b-ema                           # the averaged weights of its newest checkpoint
     dcdit export runs/b/checkpoints/000000012800 --to b-raw --which model
     dcdit export runs/b --to b-fast --decay 0.999            # another average of `ema.decay: [0.9999, 0.999]`
+    dcdit export runs/b --to b-pipeline --vae sd-vae-ft-ema  # trainer.pipeline.DCDiTPipeline.from_pretrained reads it
+    dcdit export runs/b --torch-export step.pt2              # one denoising step, packing by capacity
 
-The folder holds model.safetensors, config.json and run.json: `dcdit sample --checkpoint` and
-`DCDiT.from_pretrained` read it. One process, on the CPU, whatever number of processes wrote the checkpoint.
+The source is a run, a checkpoint of any engine, a folder that was exported before, or a released .pt. The weights'
+folder holds model.safetensors, config.json and run.json: `dcdit sample --checkpoint` and `DCDiT.from_pretrained` read
+it. One process, whatever number of processes wrote the checkpoint. More in docs/export.md.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +26,240 @@ if __name__ == "__main__":
 from model.errors import UserError
 from trainer.signals import EXIT_BAD_INPUT, EXIT_OK
 
+INDEX = "model_index.json"
+SCHEDULERS = {"gaussian": "DDPMScheduler", "flow": "FlowMatchEulerDiscreteScheduler"}  # diffusers'
+
+
+@dataclass
+class Weights:
+    """Whole fp32 tensors by name, the model's config, what run.json says, and what to call them."""
+
+    sizes: Any
+    tensors: dict[str, Any]
+    run: dict[str, Any]
+    name: str
+
 
 def parser() -> argparse.ArgumentParser:
     text = argparse.ArgumentParser(
         prog="dcdit export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    text.add_argument("source", metavar="RUN|CHECKPOINT", help="a run's folder, or one of its checkpoints")
-    text.add_argument("--to", metavar="DIR", required=True, help="the folder to write")
+    text.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a run's folder, one of its checkpoints, an exported folder, a released .pt",
+    )
+    text.add_argument("--to", metavar="DIR", help="the folder to write")
     text.add_argument("--which", choices=("ema", "model"), default="ema",
                       help="the averaged weights (default) or the raw ones")  # fmt: skip
     text.add_argument(
         "--decay", type=float, help="which average, where there are several (default: the first)"
     )
-    text.add_argument("--overwrite", action="store_true", help="replace weights that are already there")
+    text.add_argument("--overwrite", action="store_true", help="replace what is already there")
+    pipeline = text.add_argument_group("a pipeline folder in the layout of diffusers")
+    pipeline.add_argument(
+        "--pipeline", action="store_true", help="write --to as a pipeline: transformer, scheduler"
+    )
+    pipeline.add_argument(
+        "--vae", metavar="FOLDER", help="with this AutoencoderKL inside; implies --pipeline"
+    )
+    step = text.add_argument_group("one denoising step as a program of torch.export")
+    step.add_argument("--torch-export", metavar="FILE.pt2", help="the file to write")
+    step.add_argument("--capacity", type=float, metavar="SHARE",
+                      help="room for this share of the grid's tokens (default: twice the target share)")  # fmt: skip
+    step.add_argument(
+        "--batch", type=int, metavar="N", help="a fixed number of images (default: any, up to 1024)"
+    )
+    step.add_argument("--device", default="cpu", help="where the program will run: cpu (default), cuda, auto")
+    step.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the step (default: fp32)"
+    )
     return text
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
-        checkpoint = find_checkpoint(Path(arguments.source))
-        name = choose(checkpoint, arguments.which, arguments.decay)
-        export(checkpoint, name, Path(arguments.to), arguments.overwrite)
+        check(arguments)
+        weights = read(Path(arguments.source), arguments.which, arguments.decay)
+        if arguments.to:
+            write(weights, arguments)
+            print(f"{weights.name} -> {arguments.to}")
+        if arguments.torch_export:
+            write_step(weights, arguments)
+            print(f"one step of {weights.name} -> {arguments.torch_export}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    print(f"{name} of {checkpoint} -> {arguments.to}")
     return EXIT_OK
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """What can be wrong before anything is read.
+
+    Raises:
+        UserError: nothing to write, flags that do not go together, or a target that is there already.
+    """
+    from model.pretrained import WEIGHTS
+
+    pipeline = arguments.pipeline or arguments.vae
+    if not arguments.to and not arguments.torch_export:
+        raise UserError("--to: nothing to write; give --to DIR, or --torch-export FILE.pt2")
+    if pipeline and not arguments.to:
+        raise UserError(f"--{'vae' if arguments.vae else 'pipeline'}: give the folder to write with --to DIR")
+    if not arguments.torch_export and (arguments.capacity is not None or arguments.batch is not None):
+        raise UserError("--capacity and --batch belong to --torch-export FILE.pt2")
+    if arguments.torch_export and Path(arguments.torch_export).suffix != ".pt2":
+        raise UserError(f"--torch-export: {arguments.torch_export} should end in .pt2")
+    if arguments.overwrite:
+        return
+    for name in (WEIGHTS, INDEX) if arguments.to else ():
+        if (Path(arguments.to) / name).exists():
+            raise UserError(
+                f"--to: {Path(arguments.to) / name} exists; choose another folder, or add --overwrite"
+            )
+    if arguments.torch_export and Path(arguments.torch_export).exists():
+        raise UserError(
+            f"--torch-export: {arguments.torch_export} exists; choose another, or add --overwrite"
+        )
+
+
+def read(source: Path, which: str = "ema", decay: float | None = None) -> Weights:
+    """The weights of a run, a checkpoint, an exported folder or a released .pt.
+
+    Raises:
+        UserError: nothing of the kind there, damage, or weights that it does not have.
+    """
+    from model.pretrained import WEIGHTS
+
+    if source.suffix == ".pt" or (source / WEIGHTS).is_file() or (source / "transformer" / WEIGHTS).is_file():
+        if which == "model" or decay is not None:
+            raise UserError(f"{source}: --which and --decay choose among the weights of a run's checkpoint")
+        return _read_exported(source)
+    checkpoint = find_checkpoint(source)
+    name = choose(checkpoint, which, decay)
+    run = json.loads((checkpoint / "ema" / "run.json").read_text()) | {"weights": name}
+    return Weights(read_sizes(checkpoint), read_weights(checkpoint, name), run, f"{name} of {checkpoint}")
+
+
+def _read_exported(source: Path) -> Weights:
+    from trainer.drawing import load_source
+
+    found = load_source(source, "cpu")
+    known = {"diffusion": process_kwargs(found.process), "data": found.data}
+    return Weights(found.model.config, found.model.state_dict(), known | found.run, f"weights of {source}")
+
+
+def write(weights: Weights, arguments: argparse.Namespace) -> None:
+    """The folder --to: the weights alone, or a pipeline.
+
+    Raises:
+        UserError: it cannot be written, or the VAE does not load.
+    """
+    to = Path(arguments.to)
+    try:
+        if arguments.pipeline or arguments.vae:
+            vae = None
+            if arguments.vae:
+                from trainer.data.encode import load_vae
+
+                vae = load_vae(arguments.vae)
+            save_pipeline(to, weights.sizes, weights.tensors, weights.run, vae)
+        else:
+            from trainer import checkpoint as files
+
+            files.export(to, weights.sizes, weights.tensors, weights.run)
+    except OSError as error:
+        raise UserError(f"--to: cannot write {to}: {error.strerror or error}") from None
+
+
+def save_pipeline(
+    to: Path, sizes: Any, tensors: dict[str, Any], run: dict[str, Any], vae: Any = None
+) -> None:
+    """The folder that `trainer.pipeline.DCDiTPipeline.from_pretrained` reads; see there for its layout.
+
+    sizes, tensors, run: as in `Weights`. vae: a diffusers AutoencoderKL, for a model of latents.
+
+    Raises:
+        UserError: a VAE for pixels, or one whose latents are not the model's.
+    """
+    from model import DCDiT
+    from trainer import checkpoint as files
+
+    process = run["diffusion"]
+    components = {
+        "transformer": ["model", "DCDiT" if isinstance(sizes, DCDiT.config_class) else "DiT"],
+        "scheduler": ["diffusers", SCHEDULERS[process["kind"]]],
+        "vae": ["diffusers", "AutoencoderKL"] if vae else [None, None],
+    }
+    if vae is not None:
+        if run["data"].get("kind") == "pixels":
+            raise UserError("--vae: the model makes pixels, which need none; leave it out")
+        if vae.config.latent_channels != sizes.in_channels:
+            raise UserError(
+                f"--vae: its latents have {vae.config.latent_channels} channels, the model's {sizes.in_channels}"
+            )
+        vae.save_pretrained(to / "vae")
+    files.export(to / "transformer", sizes, tensors, run)
+    _write_json(to / "scheduler" / "scheduler_config.json", scheduler_config(run))
+    # Last: with it the folder is whole.
+    _write_json(to / INDEX, {"_class_name": "DCDiTPipeline", **components})
+
+
+def scheduler_config(run: dict[str, Any]) -> dict[str, Any]:
+    """The diffusers scheduler of a run's process, as its JSON: what other schedulers are made from (`from_config`)."""
+    process = run["diffusion"]
+    steps = int(process.get("num_timesteps", 1000))
+    common = {"_class_name": SCHEDULERS[process["kind"]], "num_train_timesteps": steps}
+    if process["kind"] == "flow":
+        return common | {"shift": 1.0}
+    return common | {
+        "beta_start": 0.1 / steps, "beta_end": 20.0 / steps, "beta_schedule": "linear", "prediction_type": "epsilon",
+        "variance_type": "learned_range" if process.get("learn_sigma", True) else "fixed_large",
+        "clip_sample": run["data"].get("kind") == "pixels", "timestep_spacing": "linspace",
+    }  # fmt: skip
+
+
+def process_kwargs(process: Any) -> dict[str, Any]:
+    """What `make_process` takes to make this process again, as far as sampling needs it."""
+    return {"kind": process.kind, "num_timesteps": process.num_timesteps, "learn_sigma": process.learn_sigma}
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.part")
+    beside.write_text(json.dumps(values, indent=2) + "\n")
+    beside.replace(file)
+
+
+def write_step(weights: Weights, arguments: argparse.Namespace) -> None:
+    """One denoising step as a .pt2 file, with what it is in its extra file `dcdit.json`.
+
+    Raises:
+        UserError: numbers out of range, or the file cannot be written.
+    """
+    import torch
+
+    from model import DCDiT, DiT
+    from model.exporting import MOST_IMAGES, export_step, usual_capacity
+    from model.pretrained import build
+    from trainer.sampling.source import pick_device
+
+    cls = DCDiT if isinstance(weights.sizes, DCDiT.config_class) else DiT
+    model = build(cls, weights.sizes, {k: v.float() for k, v in weights.tensors.items()}, weights.name)
+    model = model.to(pick_device(arguments.device)).eval()
+    capacity = usual_capacity(weights.sizes) if arguments.capacity is None else arguments.capacity
+    program = export_step(model, capacity, arguments.batch or 2, arguments.batch is None, arguments.precision)
+    about = {
+        "model": cls.__name__, "config": weights.sizes.to_dict(), "capacity": capacity,
+        "batch": arguments.batch or f"1 to {MOST_IMAGES}", "precision": arguments.precision, "run": weights.run,
+    }  # fmt: skip
+    file = Path(arguments.torch_export)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.export.save(program, file, extra_files={"dcdit.json": json.dumps(about, indent=1)})
+    except OSError as error:
+        raise UserError(f"--torch-export: cannot write {file}: {error.strerror or error}") from None
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -91,24 +302,6 @@ def choose(checkpoint: Path, which: str, decay: float | None) -> str:
     if f"{decay:g}" not in names:
         raise UserError(f"--decay: {decay:g} was not averaged in this run; it has {', '.join(names)}")
     return names[f"{decay:g}"]
-
-
-def export(checkpoint: Path, name: str, to: Path, overwrite: bool = False) -> None:
-    """Write ``name`` ("model", "ema", "ema-0.999") of ``checkpoint`` to ``to``.
-
-    Raises:
-        UserError: ``to`` holds weights already, or cannot be written.
-    """
-    from model.pretrained import WEIGHTS
-    from trainer import checkpoint as files
-
-    if (to / WEIGHTS).exists() and not overwrite:
-        raise UserError(f"--to: {to / WEIGHTS} exists; choose another folder, or add --overwrite")
-    run_info = json.loads((checkpoint / "ema" / "run.json").read_text()) | {"weights": name}
-    try:
-        files.export(to, read_sizes(checkpoint), read_weights(checkpoint, name), run_info)
-    except OSError as error:
-        raise UserError(f"--to: cannot write {to}: {error.strerror}") from None
 
 
 def read_sizes(checkpoint: Path) -> Any:

@@ -46,7 +46,6 @@ def load_source(path: str | Path, device: str = "auto", heads: int | None = None
     `path`: a run, checkpoint or export folder, or a released .pt (then `heads` and `sigma` may be needed).
     Raises UserError when there is nothing of the kind.
     """
-    from model.diffusion import make_process
     from trainer.checkpoint import find_export
 
     path = Path(path)
@@ -56,14 +55,21 @@ def load_source(path: str | Path, device: str = "auto", heads: int | None = None
         folder = find_export(path)
         model, run = _exported(folder), _read_run(folder / "run.json")
         path = folder
+    return as_source(model.to(pick_device(device)), run, path)
+
+
+def as_source(model: Any, run: dict[str, Any], path: Path = Path()) -> Source:
+    """`model`, in eval mode from now on, with what run.json says of it; what that leaves out is as DiT had it on
+    ImageNet."""
+    from model.diffusion import make_process
+
     config = model.config
     kwargs = run.get("diffusion") or {"kind": "gaussian", "learn_sigma": config.learn_sigma}
     data = run.get("data") or {
         "kind": "pixels" if config.in_channels in (1, 3) else "latents",
         "scale": 0.18215,
     }
-    model = model.to(pick_device(device)).eval().requires_grad_(False)
-    return Source(model, make_process(**kwargs), data, run, path)
+    return Source(model.eval().requires_grad_(False), make_process(**kwargs), data, run, path)
 
 
 def pick_device(name: str):
