@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 460, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 44
+TONES = 6
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: points in x order; `style` of line | faint | dots; `tone` picks the colour (0-3)."""
+    """One line: points in x order; `style` of line | faint | dots; `tone` picks the colour (0 to TONES - 1);
+    `labels`, one for each point, are written beside its dot."""
 
     name: str
     points: Sequence[tuple[float, float]]
     tone: int = 0
     style: str = "line"
+    labels: Sequence[str] = ()
 
 
 def line_chart(
@@ -42,7 +45,7 @@ def line_chart(
     Points that are not finite are left out. Without `y_range` the axis spans the data, with the highest
     hundredth of each line clipped so that one early spike does not flatten the rest.
     """
-    series = [Series(s.name, _thin(_finite(s.points)), s.tone, s.style) for s in series]
+    series = [replace(s, points=_finite(s.points) if s.labels else _thin(_finite(s.points))) for s in series]
     series = [s for s in series if s.points]
     xs = [x for s in series for x, _ in s.points] or [0.0, 1.0]
     x0, x1 = x_range or (min(xs), max(xs))
@@ -69,6 +72,7 @@ def line_chart(
     out.append(_level("axis", py(y0)))
     for s in series:
         out.append(_draw(s, px, py))
+    out.extend(_labels(s, px, py) for s in series if s.labels)
     for level, name in marks:  # last, and with a halo, so that a line running along it does not strike it out
         out.append(_text(WIDTH - RIGHT - 4, py(level) + 15, name, "end", "over"))
     out.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 8, x_label, "middle", "label"))
@@ -147,6 +151,15 @@ def _draw(s: Series, px, py) -> str:
     if s.style == "dots" or len(points) == 1:
         return (line if len(points) > 1 else "") + (dots if len(points) <= 40 else "")
     return line
+
+
+def _labels(s: Series, px, py) -> str:
+    """What is written beside the points: above and to the right, to the left where the chart ends."""
+    out = []
+    for (x, y), text in zip(s.points, s.labels, strict=True):
+        left = px(x) > WIDTH - RIGHT - 30
+        out.append(_text(px(x) + (-7 if left else 7), py(y) - 6, text, "end" if left else "start", "over"))
+    return "".join(out)
 
 
 def _legend(series: Sequence[Series]) -> str:

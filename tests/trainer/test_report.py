@@ -1,21 +1,19 @@
 """`dcdit report`: one file that stands alone, says what is missing, and looks right in a browser."""
 
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from tests.trainer.synthetic_run import export, manifest, mds, metrics, run_folder, tiny_model
-from trainer import charts, cli, report
+from tests.trainer.browser import CHROMIUM, WIDTHS, look
+from tests.trainer.synthetic_run import elastic_curve, export, manifest, mds, metrics, run_folder, tiny_model
+from trainer import charts, cli
+from trainer.reporting import elastic
+from trainer.reporting.gather import NEED_WEIGHTS, TAIL_DROPS
+from trainer.reporting.routing import NOISE_LEVELS
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
 VOID = {"meta", "img", "link", "br"}  # what HTML closes by itself; SVG closes its own
 
 
@@ -46,6 +44,7 @@ def write(run, *words) -> str:
 def full(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     run = run_folder(root, data=mds(root / "data"))
+    elastic_curve(run)
     return run, write(run)
 
 
@@ -65,14 +64,16 @@ def test_markup_is_balanced_and_text_is_escaped(full):
 def test_holds_every_part(full):
     _, page = full
     for words in (
-        "Samples", "Where the tokens go", "By noise level", "By class", "drop 0%", "drop 30%", "drop 60%",
+        "Samples", "Where the tokens go", "The router by class and noise level", "By noise level", "By class",
+        "drop 0%", "drop 30%", "drop 60%", "drop 90%", "Quality against compute",
         "Loss", "Held-out error", "Tokens kept", "Gradient norm", "By component", "By budget", "GFLOPs",
         "total_images: 1280", "printed page", "640", "of 1,280", "target 1/4",
     ):  # fmt: skip
         assert words in page, words
     assert "note" not in re.sub(r"<style>.*?</style>", "", page, flags=re.S)
-    pictures = 4 + 2 * 3 * len(report.NOISE_LEVELS) + 3 * 4
-    assert Balanced(page).count["img"] == pictures and len(report.NOISE_LEVELS) >= 6
+    levels = len(NOISE_LEVELS)
+    pictures = 4 + 2 * 3 * levels + 4 * (1 + levels) + 4 * len(TAIL_DROPS)
+    assert Balanced(page).count["img"] == pictures and levels >= 6
 
 
 def test_pictures_keep_their_own_size_and_are_enlarged_by_the_page(full):
@@ -90,8 +91,42 @@ def test_budgets_share_the_noise_and_cost_less_and_less(full, capsys):
     _, page = full
     kept = [float(x) for x in re.findall(r"([\d.]+)% of the tokens kept", page)]
     cost = [float(x) for x in re.findall(r"<span>([\d.]+) GFLOPs", page)]
-    assert len(kept) == len(cost) == 3
-    assert kept[0] > kept[1] > kept[2] and cost[0] > cost[1] > cost[2]
+    assert len(kept) == len(cost) == 4
+    assert kept == sorted(set(kept), reverse=True) and cost == sorted(set(cost), reverse=True)
+
+
+def test_elastic_curve_is_drawn_and_tabulated(full):
+    run, page = full
+    part = page[page.index("Quality against compute") :]
+    part = part[: part.index("</section>")]
+    assert "10 DDPM steps, guidance 1.5, Fréchet distance on offline features" in part
+    assert part.count("<circle") == 4 and 'aria-label="Fréchet distance"' in part
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", part)
+    assert cells[:6] == ["ρ", "tokens kept", "GFLOPs", "images/s", "Fréchet", "held-out error"]
+    assert cells[6:12] == ["0", "25.0%", "12", "2", "20", "0.0310"] and len(cells) == 6 * 5
+    (pairs, labels) = elastic.points(elastic.read(run)[0])
+    assert pairs == sorted(pairs) and labels == ["0.6", "0.4", "0.2", "0"]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (None, "dcdit sweep"),
+        ("{", "could not be read"),
+        ("[]", "could not be read"),
+        ('{"rows": [{"tail_drop": 0}], "metric": "frechet"}', "could not be read"),
+        ('{"rows": [], "metric": "beauty"}', "'beauty', not one of"),
+        (
+            '{"rows": [{"tail_drop": 0, "gflops_per_image": 1, "frechet": null}], "metric": "frechet"}',
+            "no rows with",
+        ),
+    ],
+)
+def test_elastic_curve_that_is_none(tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "elastic.json").write_text(text)
+    curve, why = elastic.read(tmp_path)
+    assert curve == {} and said in why
 
 
 def test_run_that_just_began_says_so(tmp_path, capsys):
@@ -101,7 +136,7 @@ def test_run_that_just_began_says_so(tmp_path, capsys):
     page = write(run)
     Balanced(page)
     assert "No rows in metrics.jsonl yet" in page and "no readable config.yaml" in page
-    assert "No pictures on this page" in page and page.count(report.NEED_WEIGHTS.split(":")[0]) >= 3
+    assert "No pictures on this page" in page and page.count(NEED_WEIGHTS.split(":")[0]) >= 3
     assert "note: " in capsys.readouterr().out
 
 
@@ -188,26 +223,8 @@ def test_smoothing_is_a_mean_from_the_first_point_on():
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-@pytest.mark.parametrize("width", [1200, 400])
-def test_browser_shows_it_without_sideways_scrolling(full, tmp_path, width):
-    """The page in a frame of `width` pixels: it must not be wider than that, and must not be blank."""
-    run, _ = full
-    shot, profile = tmp_path / "shot.png", tmp_path / "profile"
-    probe = tmp_path / "probe.html"
-    probe.write_text(
-        (run / "report.html").read_text().replace("</body>", "<script>document.title = "
-        "'wide=' + document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>")
-    )  # fmt: skip
-    flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={profile}", "--hide-scrollbars", f"--window-size={width},3000",
-    ]  # fmt: skip
-    for action in ([f"--screenshot={shot}"], ["--dump-dom"]):
-        done = subprocess.run(
-            [CHROMIUM, *flags, *action, probe.as_uri()], capture_output=True, text=True, timeout=120
-        )
-    wide, inner = map(int, re.search(r"<title>wide=(\d+) of (\d+)", done.stdout).groups())
-    assert wide <= inner, f"the page is {wide} pixels wide in a window of {inner}"
-    pixels = np.asarray(Image.open(shot).convert("L"))
-    assert pixels.shape[1] == width and pixels[:1000].std() > 5
+@pytest.mark.parametrize("width", WIDTHS)
+def test_browser_shows_all_of_it(full, tmp_path, width):
+    run, page = full
+    seen = look(run / "report.html", width, tmp_path)
+    assert seen.images == Balanced(page).count["img"] and seen.charts == Balanced(page).count["svg"]
