@@ -1,7 +1,7 @@
 """Upcycling on the embedded photographs: a small DiT is trained, then DC-DiT from scratch and upcycled from it.
 
-    dcdit prepare photos --to runs/photos
-    python benchmarks/upcycling.py --minutes 8        # again and again, until it prints the whole table
+    dcdit prepare photos --to runs/photos16 --size 16
+    python benchmarks/upcycling.py --minutes 8        # again and again, until it ends with the whole table
 
 Runs lie under --to and are stopped (and saved) when the time is up; the same command goes on with them. Every student
 sees the same images with the same noise, and has the same settings; what differs is in `RUNS`. The table goes to
@@ -38,23 +38,24 @@ from trainer.metrics import read_rows
 from trainer.upcycle import read_teacher_config
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH, EVERY = 16, 25  # images a step, steps between evaluations
+BATCH, EVERY = 16, 30  # images a step, steps between evaluations
 COMMON = [
     f"train.global_batch_size={BATCH}", "train.precision=fp32", "train.tail_drop=[0.0]", "parallel.engine=ddp",
-    "optimizer.lr=5e-4", "optimizer.warmup_images=320", "ema.decay=0.96", "log.every=5", "log.tensorboard=false",
+    "optimizer.lr=5e-4", "optimizer.warmup_images=320", "ema.decay=0.98", "log.every=5", "log.tensorboard=false",
     f"eval.every={BATCH * EVERY}", "eval.count=144", "eval.batch_size=36", f"checkpoint.every={BATCH * EVERY}",
     "checkpoint.keep_last=1", "data.num_workers=0",
 ]  # fmt: skip
 # name in the table: steps and what is different; the teacher first
+BLOCKS = "upcycle.distill=blocks"
 RUNS: dict[str, tuple[str, int, list[str]]] = {
-    "teacher": ("DiT-Ti/2, the teacher", 1500, ["model.preset=DiT-Ti/2"]),
-    "scratch": ("from scratch", 400, []),
-    "plain": ("upcycled, no distillation", 400, ["upcycle.distill=none"]),
-    "blocks": ("upcycled, blocks", 400, ["upcycle.distill=blocks"]),
-    "pure": ("upcycled, blocks alone (weight 0 on the diffusion loss)", 400,
-             ["upcycle.distill=blocks", "upcycle.diffusion_weight=0"]),
-    "hybrid": ("upcycled, hybrid", 400, ["upcycle.distill=hybrid"]),
-}  # fmt: skip
+    "teacher": ("DiT-Ti/2, the teacher", 3000, ["model.preset=DiT-Ti/2"]),
+    "scratch": ("from scratch", 600, []),
+    "plain": ("upcycled, no distillation", 600, ["upcycle.distill=none"]),
+    "blocks": ("upcycled, blocks beside the diffusion loss", 600, [BLOCKS]),
+    "pure": ("upcycled, blocks alone", 600, [BLOCKS, "upcycle.diffusion_weight=0"]),
+    "hybrid": ("upcycled, hybrid", 600, ["upcycle.distill=hybrid"]),
+    "pixels": ("blocks, positions in pixels", 600, [BLOCKS, "model.overrides={position_stride: 1}"]),
+}
 STAGE = 100  # steps of distillation
 
 
@@ -96,14 +97,14 @@ def train(name: str, to: Path, data: str, seconds: float) -> bool:
 
 
 def curve(name: str, to: Path) -> list[dict[str, float]]:
-    """Steps, training PFLOPs so far and held-out mse at every evaluation of a run."""
+    """Steps, training TFLOPs so far and held-out mse at every evaluation of a run."""
     config = load_config(to / name / "config.yaml")
     sizes = model_config(config, open_source(config.data.path, "train").manifest)
     teacher = flops(read_teacher_config(config)[0])["total"] if config.upcycle.teacher else 0.0
     spent, images, points = 0.0, 0, []
     for row in read_rows(to / name):
         if row.get("eval"):
-            points.append({"step": row["step"], "pflops": spent / 1e15, "mse": row["heldout_mse"]})
+            points.append({"step": row["step"], "tflops": spent / 1e12, "mse": row["heldout_mse"]})
             continue
         retained = None if row["tokens"] is None else row["tokens"] / BATCH
         per_image = 3 * flops(sizes, retained)["total"]
@@ -124,20 +125,20 @@ def summary(curves: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
             reached = next((p for p in points if p["mse"] <= scratch["mse"]), None)
         row = {"run": RUNS[name][0]} | points[-1]
         if reached is not None:
-            row |= {"reached_step": reached["step"], "reached_pflops": reached["pflops"]}
+            row |= {"reached_step": reached["step"], "reached_tflops": reached["tflops"]}
             row |= {"steps_share": reached["step"] / scratch["step"]}
-            row |= {"compute_share": reached["pflops"] / scratch["pflops"]}
+            row |= {"compute_share": reached["tflops"] / scratch["tflops"]}
         rows.append(row)
     return rows
 
 
 def markdown(rows: list[dict[str, Any]], curves: dict[str, list[dict[str, float]]]) -> str:
     lines = [
-        "| run | steps | training PFLOPs | held-out mse | reaches the mse of scratch at step | its steps | its FLOPs |",
+        "| run | steps | training TFLOPs | held-out mse | reaches the mse of scratch at step | its steps | its FLOPs |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        end = f"| {row['run']} | {row['step']} | {row['pflops']:.2f} | {row['mse']:.4f} |"
+        end = f"| {row['run']} | {row['step']} | {row['tflops']:.1f} | {row['mse']:.4f} |"
         if "reached_step" in row:
             shares = f" {row['steps_share']:.0%} | {row['compute_share']:.0%} |"
             lines.append(f"{end} {row['reached_step']} |{shares}")
@@ -145,7 +146,7 @@ def markdown(rows: list[dict[str, Any]], curves: dict[str, list[dict[str, float]
             lines.append(f"{end} - | - | - |")
     students = {name: points for name, points in curves.items() if name != "teacher"}
     marks = sorted(
-        {p["step"] for points in students.values() for p in points if p["step"] % (4 * EVERY) in (0, 50)}
+        {p["step"] for points in students.values() for p in points if p["step"] % (2 * EVERY) == 0}
     )
     lines += [
         "",
@@ -161,7 +162,7 @@ def markdown(rows: list[dict[str, Any]], curves: dict[str, list[dict[str, float]
 def main() -> int:
     text = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text.add_argument("--to", type=Path, default=Path("runs/upcycling"))
-    text.add_argument("--data", default="runs/photos", help="made by `dcdit prepare photos`")
+    text.add_argument("--data", default="runs/photos16", help="made by `dcdit prepare photos`")
     text.add_argument("--minutes", type=float, default=1e9, help="stop and save after this time")
     text.add_argument(
         "--runs", nargs="*", choices=list(RUNS), default=list(RUNS), help="which; the teacher comes first"
