@@ -183,10 +183,10 @@ def _member(path: Path, name: str) -> np.ndarray:
         lengths = np.frombuffer(file.read(4), "<u2")
         file.seek(int(lengths.sum()), io.SEEK_CUR)
         version = np.lib.format.read_magic(file)
-        read_header = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = read_header(file)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in readers:
+            return read_array(path, name)
+        shape, fortran, dtype = readers[version](file)
         if dtype.hasobject or fortran:
             return read_array(path, name)
         return np.memmap(path, dtype, "r", file.tell(), shape)
