@@ -1,9 +1,9 @@
 """`dcdit evaluate`: how far pictures are from real ones.
 
     dcdit evaluate --samples samples/b --reference VIRTUAL_imagenet256_labeled.npz     # pictures drawn before
-    torchrun --nproc_per_node=8 -- trainer/evaluate.py --checkpoint runs/b --num 50000 --steps 250 --guidance 1.5 \\
+    torchrun --nproc_per_node=8 trainer/evaluate.py --checkpoint runs/b --number 50000 --steps 250 --guidance 1.5 \\
         --vae sd-vae-ft-ema --reference VIRTUAL_imagenet256_labeled.npz                # drawn now, not kept
-    dcdit evaluate --checkpoint runs/demo --num 512 --features offline                 # against the run's own data
+    dcdit evaluate --checkpoint runs/demo --number 512 --features offline              # against the run's own data
 
 docs/evaluation.md says what each number means and what it compares with.
 """
@@ -62,12 +62,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="pictures drawn before: a folder of PNG files or tars, a tar, an ADM .npz",
     )
-    add(
-        "--num",
-        type=int,
-        metavar="N",
-        help="pictures to draw from --checkpoint, or to take of --samples (all)",
-    )
+    add("--number", "--num", dest="num", type=int, metavar="N",
+        help="pictures to draw from --checkpoint, or to take of --samples (default: all); under torchrun in full, "
+        "it takes --num for a flag of its own")  # fmt: skip
     add(
         "--classes",
         default="all",
@@ -102,7 +99,7 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if args.checkpoint and args.num is None:
         raise UserError(
-            "--num: how many pictures to draw? 50000 is usual for FID, a few hundred for a first look"
+            "--number: how many pictures to draw? 50000 is usual for FID, a few hundred for a first look"
         )
     if args.reference_num < 2:
         raise UserError(f"--reference-num: at least 2, not {args.reference_num}")
@@ -165,7 +162,7 @@ class Evaluation:
         else:
             self.pictures = self._open(args.samples)
             if args.num and args.num > len(self.pictures):
-                raise UserError(f"--num: {args.num}, but {args.samples} has {len(self.pictures)} pictures")
+                raise UserError(f"--number: {args.num}, but {args.samples} has {len(self.pictures)} pictures")
         self.features = load_together(args.features, args.features_path, world, device)
 
     def run(self) -> dict[str, Any]:
@@ -174,6 +171,10 @@ class Evaluation:
 
         args, started = self.args, time.monotonic()
         reference = self._reference()
+        if self.source is None:
+            reference.check_size(self.features, self.pictures.read([0]).shape[2:])
+        elif self.vae is None:
+            reference.check_size(self.features, self.source.shape[1:])
         found, drawn = self._draw() if self.source is not None else self._read()
         self._say("")
         metrics = reference.compare(found, self.device) if self.world.main else {}

@@ -6,7 +6,7 @@ often `arr_0`, some of the pictures, which precision and recall need.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,16 @@ class Reference:
     kept: np.ndarray | None
     about: dict[str, Any]
 
+    def check_size(self, features: FeatureSet, size: Sequence[int]) -> None:
+        """Raises UserError where pictures of `size` (height, width) do not compare in these features."""
+        mine = self.about.get("size")
+        if features.name == "offline" and list(size) != mine:
+            sizes = ["x".join(map(str, reversed(each))) for each in (size, mine)]
+            raise UserError(
+                f"--reference: its pictures are {sizes[1]}, the samples {sizes[0]}: offline features compare "
+                "pictures of one size"
+            )
+
     def compare(self, found: Collector, device: torch.device | str = "cpu") -> dict[str, Any]:
         """The numbers for pictures collected and reduced: frechet always; sfid, inception_score (and _std), precision,
         recall where there is what they need, else None. Of rank 0: elsewhere no features are kept.
@@ -41,13 +51,7 @@ class Reference:
         Raises:
             UserError: pictures of two sizes, where features depend on it.
         """
-        mine, theirs = self.about.get("size"), list(found.size)
-        if found.features.name == "offline" and mine != theirs:
-            sizes = ["x".join(map(str, size[::-1])) for size in (theirs, mine)]
-            raise UserError(
-                f"--reference: its pictures are {sizes[1]}, the samples {sizes[0]}: offline features compare "
-                "pictures of one size"
-            )
+        self.check_size(found.features, found.size)
         score, kept = found.score, found.kept()
         numbers: dict[str, Any] = {
             "frechet": frechet_distance(self.mean, self.cov, found.moments.mean, found.moments.cov),

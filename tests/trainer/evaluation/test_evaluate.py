@@ -43,19 +43,8 @@ def opened_world():
 
 
 def arguments(run, *more: str) -> list[str]:
-    return [
-        "--checkpoint",
-        str(run),
-        "--num",
-        "18",
-        "--steps",
-        "2",
-        "--features",
-        "offline",
-        "--device",
-        "cpu",
-        *more,
-    ]
+    asked = "--number 18 --steps 2 --features offline --device cpu".split()
+    return ["--checkpoint", str(run), *asked, *more]
 
 
 def result(run) -> dict:
@@ -101,18 +90,10 @@ def test_drawn_now_is_drawn_before(run, tmp_path, capsys):
 def test_two_processes_give_the_numbers_of_one(run, tmp_path):
     assert cli.main(["evaluate", *arguments(run, "--batch", "4")]) == 0
     one = result(run)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "--",
-        "trainer/evaluate.py",
-    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, *arguments(run, "--batch", "5")], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, *launcher, "trainer/evaluate.py", *arguments(run, "--batch", "5")], cwd=ROOT, text=True,
+        capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     two = result(run)
@@ -265,8 +246,8 @@ def test_pictures_of_two_sizes_do_not_compare_offline(run, tmp_path, capsys):
         ("", "--samples, --checkpoint: give one of them"),
         ("--samples RUN --checkpoint RUN", "give one of them"),
         ("--samples RUN", "--reference: say what"),
-        ("--checkpoint RUN", "--num: how many"),
-        ("--checkpoint RUN --num 0", "--num: must be at least 1"),
+        ("--checkpoint RUN", "--number: how many"),
+        ("--checkpoint RUN --num 0", "must be at least 1"),
         ("--checkpoint nowhere --num 4", "no such file or folder nowhere"),
         ("--samples RUN --reference RUN --keep x", "--keep"),
         ("--checkpoint RUN --num 4 --to x.txt", "should end in .json"),
@@ -275,7 +256,7 @@ def test_pictures_of_two_sizes_do_not_compare_offline(run, tmp_path, capsys):
         ("--checkpoint RUN --num 4 --features dinov2", "dinov2 needs weights"),
         ("--checkpoint RUN --num 4 --features-path no.pth", "no such file of Inception weights|needs torch-fidelity"),
         ("--checkpoint RUN --num 4 --features offline --reference nowhere", "nowhere: no such file"),
-        ("--samples DATA --reference DATA --num 99 --features offline", "--num: 99, but"),
+        ("--samples DATA --reference DATA --num 99 --features offline", "--number: 99, but"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(run, argv, words, capsys):
