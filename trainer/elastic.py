@@ -155,12 +155,30 @@ class Calibration:
         return file
 
     @classmethod
+    def of(cls, source) -> Calibration:
+        """The calibration of a checkpoint: its file, else what training noted in run.json at its last evaluation.
+
+        That knows means alone, and not the null class: M^2 is taken as the square of the mean, and the null class as
+        any other. Raises UserError where there is neither.
+        """
+        file, config = calibration_file(source.path), source.model.config
+        if file.is_file():
+            return cls.read(source.path)
+        shares = (source.run.get("router") or {}).get("share_by_time") or []
+        known = [k for k, share in enumerate(shares) if share is not None]
+        if not known or getattr(config, "dydit", None) is not None:
+            raise UserError(f"--budget: no calibration of this checkpoint at {file}; {_make(source.path)}")
+        mean = np.interp(np.arange(len(shares)), known, [shares[k] for k in known])
+        about = {
+            "images_seen": source.run["router"].get("images"),
+            "measured_on": "the last evaluation in training",
+        }
+        return cls(config.input_size[0] * config.input_size[1], (mean, mean**2), (mean, mean**2), about)
+
+    @classmethod
     def read(cls, source_path: Path) -> Calibration:
-        """The calibration of the weights at `source_path`. Raises UserError where there is none, or a broken one."""
-        file = calibration_file(source_path)
-        make = f"`dcdit sweep --checkpoint {source_path} --calibrate` makes it"
-        if not file.is_file():
-            raise UserError(f"--budget: no calibration of this checkpoint at {file}; {make}")
+        """The calibration file of the weights at `source_path`. Raises UserError where it is broken."""
+        file, make = calibration_file(source_path), _make(source_path)
         try:
             values = json.loads(file.read_text())
             tables = [
@@ -175,6 +193,10 @@ class Calibration:
             ) from None
         about = {k: v for k, v in values.items() if k not in ("conditional", "unconditional")}
         return cls(length, *tables, about, gates)
+
+
+def _make(source_path: Path) -> str:
+    return f"`dcdit sweep --checkpoint {source_path} --calibrate` makes it"
 
 
 def calibration_file(source_path: Path) -> Path:
@@ -260,14 +282,15 @@ def with_budget(text: str, settings, source, guide=None) -> tuple[Any, dict[str,
     """
     if not has_router(source):
         raise UserError("--budget: this model has no router, every picture costs the same; see --steps")
-    calibration = Calibration.read(source.path)
-    guide_calibration = Calibration.read(guide.path) if guide is not None and has_router(guide) else None
+    calibration = Calibration.of(source)
+    guide_calibration = Calibration.of(guide) if guide is not None and has_router(guide) else None
     cost = Cost(source, settings, calibration, guide, guide_calibration)
     rho = cost.rho_for(Budget.parse(text))
     record = {
         "asked": text,
         "gflops_foreseen": round(cost.gflops(rho), 4),
         "gflops_at_0": round(cost.gflops(0.0), 4),
+        "calibration": calibration.about.get("measured_on"),
     }
     return dataclasses.replace(settings, tail_drop=rho), record
 

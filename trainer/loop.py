@@ -83,6 +83,9 @@ class Trainer:
             self.folder / "profile", config.log.profile_from, config.log.profile_steps, world.rank
         )
         self.stop = StopFlag()
+        self.kept: dict[
+            str, Any
+        ] = {}  # what the last evaluation says of the router, for `dcdit sample --budget`
 
     @property
     def step(self) -> int:
@@ -219,6 +222,8 @@ class Trainer:
         self.model.train()
         if drawn is None:  # a signal came: save first, ask questions later
             return
+        if "share_by_time" in averaged:
+            self.kept = {"share_by_time": averaged["share_by_time"], "images": self.position}
         row = {"eval": True, "step": self.step, "images": self.position}
         row |= {f"heldout_{k}" if k in ("loss", "mse") else k: v for k, v in averaged.items()}
         self.metrics.log(row | {"heldout_mse_raw": raw["mse"]} | drawn)
@@ -248,6 +253,8 @@ class Trainer:
             "images": self.position, "step": self.step, "precision": self.config.train.precision,
             "seed": self.config.run.seed, "global_batch_size": self.config.train.global_batch_size,
         }  # fmt: skip
+        if 2 * self.kept.get("images", -1) >= self.position:  # older shares are another router's
+            run_info["router"] = self.kept
         with self.stats.outside():
             self.saver.start(self.engine, state, run_info)
         self.saved = self.position

@@ -1,6 +1,7 @@
 """Tail drop by image and by timestep, and budgets kept by a trained model."""
 
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -20,24 +21,23 @@ FEW = ["--heldout", "64", "--batch", "16"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of the real trainer on the embedded photographs: 80 steps of 16 at 8 x 8, most of the cost in the
-    backbone, as in the models of the paper."""
+    """A run of the real trainer on the embedded photographs: 60 steps of 16 at 8 x 8, most of the cost in the
+    backbone, as in the models of the paper. What its last evaluation says of the router is its calibration."""
     from trainer.prepare import main as prepare
     from trainer.train import main as train
 
     folder = tmp_path_factory.mktemp("elastic")
     shards = str(folder / "photos")
-    assert prepare(["photos", "--to", shards, "--samples-per-class", "8", "--size", "8"]) == 0
+    assert prepare(["photos", "--to", shards, "--samples-per-class", "24", "--size", "8"]) == 0
     overrides = [
         f"data.path={shards}", f"run.dir={folder / 'run'}", "model.overrides={hidden_size: 64, depth: 4, num_heads: 2,"
         " enc_dec_dim_factor: 1, mlp_ratio: 24.0}",
-        "train.total_images=1280", "train.global_batch_size=16", "train.precision=fp32",
-        "train.tail_drop_after=512", "optimizer.lr=2e-3", "optimizer.warmup_images=64", "ema.decay=0.95",
-        "eval.every=1280", "eval.count=16", "eval.batch_size=16", "checkpoint.every=1280", "log.every=50",
+        "train.total_images=960", "train.global_batch_size=16", "train.precision=fp32",
+        "train.tail_drop_after=320", "optimizer.lr=2e-3", "optimizer.warmup_images=64", "ema.decay=0.95",
+        "eval.every=960", "eval.count=64", "eval.batch_size=32", "checkpoint.every=960", "log.every=50",
         "data.num_workers=0", "log.tensorboard=false",
     ]  # fmt: skip
     assert train(["--device", "cpu", "--config", "configs/recipe/demo.yaml", *overrides]) == 0
-    assert cli.main(["sweep", "--checkpoint", str(folder / "run"), "--calibrate", *FEW]) == 0
     return folder / "run"
 
 
@@ -187,6 +187,24 @@ def test_a_trained_model_keeps_to_its_budget(trained, budget, settings):
     assert spent == pytest.approx(wanted, rel=0.02), f"spent {spent:.4g} of {wanted:.4g} GFLOPs"
 
 
+def test_a_calibration_of_its_own_foresees_the_same(trained, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(next(trained.glob("checkpoints/*/ema")), folder)
+    source, settings = load_source(folder, "cpu"), Settings(steps=12, guidance=1.5, uncond_tail_drop=0.5)
+    noted = Calibration.of(source)
+    data = str(trained.parent / "photos")
+    assert cli.main(["sweep", "--checkpoint", str(folder), "--data", data, "--calibrate", *FEW]) == 0
+    assert str(folder / "calibration.json") in capsys.readouterr().out
+    measured = Calibration.of(source)
+    assert (noted.about["measured_on"], measured.about["measured_on"]) == (
+        "the last evaluation in training", "held-out images"
+    )  # fmt: skip
+    assert measured.about["images"] >= 1000 and (measured.conditional[1] > measured.conditional[0] ** 2).all()
+    for rho in (0.0, 0.4):
+        foreseen = Cost(source, settings, measured).gflops(rho)
+        assert Cost(source, settings, noted).gflops(rho) == pytest.approx(foreseen, rel=0.01)
+
+
 def test_a_budget_in_flops_reaches_the_command(trained, tmp_path, capsys):
     target = tmp_path / "a.png"
     words = ["sample", "--checkpoint", str(trained), "--classes", "0-7", "--steps", "10", "--to", str(target)]
@@ -217,7 +235,8 @@ def test_a_budget_without_calibration_or_router_says_what_to_do(tmp_path):
         with_budget("60%", Settings(), dense)
 
 
-def test_sweep_writes_the_curve(trained, capsys):
+def test_sweep_writes_the_curve(trained, monkeypatch, capsys):
+    monkeypatch.setattr("trainer.sweep.CALIBRATION_IMAGES", 64)
     words = ["--tail-drop", "0,0.3,0.6", "--num", "24", "--steps", "6", "--guidance", "1.5"]
     assert cli.main(["sweep", "--checkpoint", str(trained), *words, *FEW]) == 0
     curve = json.loads((trained / "elastic.json").read_text())
