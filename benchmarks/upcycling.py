@@ -49,14 +49,14 @@ COMMON = [
 BLOCKS = "upcycle.distill=blocks"
 RUNS: dict[str, tuple[str, int, list[str]]] = {
     "teacher": ("DiT-Ti/2, the teacher", 3000, ["model.preset=DiT-Ti/2"]),
-    "scratch": ("from scratch", 600, []),
-    "plain": ("upcycled, no distillation", 600, ["upcycle.distill=none"]),
-    "blocks": ("upcycled, blocks beside the diffusion loss", 600, [BLOCKS]),
-    "pure": ("upcycled, blocks alone", 600, [BLOCKS, "upcycle.diffusion_weight=0"]),
-    "hybrid": ("upcycled, hybrid", 600, ["upcycle.distill=hybrid"]),
-    "pixels": ("blocks, positions in pixels", 600, [BLOCKS, "model.overrides={position_stride: 1}"]),
+    "scratch": ("from scratch", 480, []),
+    "plain": ("upcycled, no distillation", 480, ["upcycle.distill=none"]),
+    "blocks": ("upcycled, blocks beside the diffusion loss", 480, [BLOCKS]),
+    "pure": ("upcycled, blocks alone", 480, [BLOCKS, "upcycle.diffusion_weight=0"]),
+    "hybrid": ("upcycled, hybrid", 480, ["upcycle.distill=hybrid"]),
+    "pixels": ("blocks, positions in pixels", 480, [BLOCKS, "model.overrides={position_stride: 1}"]),
 }
-STAGE = 100  # steps of distillation
+STAGE = 60  # steps of distillation
 
 
 def command(name: str, to: Path, data: str) -> list[str]:
