@@ -157,13 +157,18 @@ def _check_origin(config: Config, where: str, info: dict[str, Any], data: dict[s
         theirs, ours = info.get("diffusion", {}).get(key), getattr(config.diffusion, key)
         if theirs not in (None, ours):
             raise UserError(f"{where} was trained with diffusion.{key}={theirs}, not {ours}; set it alike")
-    for key in ("kind", "scale", "vae", "class_names"):
+    other = "take a teacher that was trained on such data"
+    for key in ("kind", "scale", "vae"):
         theirs, ours = info.get("data", {}).get(key), data.get(key)
-        ours = list(ours) if isinstance(ours, tuple) else ours
         if theirs and ours and theirs != ours:
             raise UserError(
-                f"{where} was trained on data whose {key} is {theirs}, that in data.path has {ours}; "
-                "take a teacher that was trained on such data"
+                f"{where} was trained on data whose {key} is {theirs}, that in data.path has {ours}; {other}"
+            )
+    names = zip(info.get("data", {}).get("class_names", ()), data["class_names"], strict=False)
+    for number, (theirs, ours) in enumerate(names):
+        if theirs != ours:
+            raise UserError(
+                f"{where} calls class {number} {theirs!r}, the data in data.path {ours!r}; {other}"
             )
 
 

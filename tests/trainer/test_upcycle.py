@@ -284,7 +284,7 @@ def test_a_teacher_of_other_data_or_another_process_is_refused(folder, tmp_path)
     for name, change, words in (
         ("flow", {"diffusion": {"kind": "flow", "num_timesteps": 1000}}, "diffusion.kind=flow, not gaussian"),
         ("steps", {"diffusion": {"kind": "gaussian", "num_timesteps": 500}}, "num_timesteps=500, not 1000"),
-        ("names", {"data": {"class_names": ["e", "d", "c", "b", "a"]}}, "class_names"),
+        ("names", {"data": {"class_names": ["a", "d", "c", "b", "e"]}}, "calls class 1 'd'"),
         ("latents", {"data": {"kind": "latents"}}, "kind is latents"),
     ):
         place = tmp_path / name
