@@ -37,11 +37,13 @@ def line_chart(
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
     y_percent: bool = False,
+    y_log: bool = False,
     marks: Sequence[tuple[float, str]] = (),
     height: int = HEIGHT,
 ) -> str:
     """An SVG line chart with a legend above it; `marks` are labelled dashed levels of y.
 
+    `y_log`: a logarithmic axis where the values span more than a factor of 8, and are all above 0.
     Points that are not finite are left out. Without `y_range` the axis spans the data, with the highest
     hundredth of each line clipped so that one early spike does not flatten the rest.
     """
@@ -50,9 +52,13 @@ def line_chart(
     xs = [x for s in series for x, _ in s.points] or [0.0, 1.0]
     x0, x1 = x_range or (min(xs), max(xs))
     x1 = x1 if x1 > x0 else x0 + 1.0
-    y0, y1 = y_range or _span(series, [level for level, _ in marks])
-    y_ticks = _round_out(y0, y1)
-    y0, y1 = min(y0, y_ticks[0]), max(y1, y_ticks[-1])
+    if y_log and _spread(series) > 8:
+        series, y_ticks = _logarithms(series)
+        y0, y1 = y_ticks[0][0], y_ticks[-1][0]
+    else:
+        y0, y1 = y_range or _span(series, [level for level, _ in marks])
+        y_ticks = [(y, f"{y * 100:.3g}%" if y_percent else short(y)) for y in _round_out(y0, y1)]
+        y0, y1 = min(y0, y_ticks[0][0]), max(y1, y_ticks[-1][0])
 
     def px(x: float) -> float:
         return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
@@ -62,8 +68,7 @@ def line_chart(
         return height - BOTTOM - (y - y0) / (y1 - y0) * (height - TOP - BOTTOM)
 
     out = [_open(y_label or x_label, height)]
-    for y in y_ticks:
-        text = f"{y * 100:.3g}%" if y_percent else short(y)
+    for y, text in y_ticks:
         out.append(_level("gridline", py(y)))
         out.append(_text(LEFT - 7, py(y) + 4, text, "end"))
     for x in ticks(x0, x1, 5):
@@ -74,7 +79,10 @@ def line_chart(
         out.append(_draw(s, px, py))
     out.extend(_labels(s, px, py) for s in series if s.labels)
     for level, name in marks:  # last, and with a halo, so that a line running along it does not strike it out
-        out.append(_text(WIDTH - RIGHT - 4, py(level) + 15, name, "end", "over"))
+        # On the side of its line where the data are not.
+        ends = [y for s in series for x, y in s.points if x > x1 - 0.2 * (x1 - x0)]
+        above = bool(ends) and sum(y < level for y in ends) > len(ends) / 2
+        out.append(_text(WIDTH - RIGHT - 4, py(level) + (-6 if above else 15), name, "end", "over"))
     out.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 8, x_label, "middle", "label"))
     return _legend(series) + "".join(out) + "</svg>"
 
@@ -112,6 +120,25 @@ def _round_out(low: float, high: float) -> list[float]:
     below = [inner[0] - step] if low < inner[0] - 0.3 * step else []
     above = [inner[-1] + step] if high > inner[-1] + 0.3 * step else []
     return [round(y, 12) for y in below + inner + above]
+
+
+def _spread(series: Sequence[Series]) -> float:
+    """The largest value over the smallest; 0 where they are not all above 0."""
+    ys = [y for s in series for _, y in s.points]
+    return max(ys) / min(ys) if ys and min(ys) > 0 else 0.0
+
+
+def _logarithms(series: Sequence[Series]) -> tuple[list[Series], list[tuple[float, str]]]:
+    """The lines in log10 y, and ticks around them: 1, 2 and 5 times powers of ten, or the powers alone."""
+    logs = [replace(s, points=[(x, math.log10(y)) for x, y in s.points]) for s in series]
+    low, high = (end(y for s in logs for _, y in s.points) for end in (min, max))
+    steps = (1, 2, 5) if high - low < 2.5 else (1,)
+    places = [
+        (math.log10(m) + k, m * 10.0**k) for k in range(math.floor(low), math.ceil(high) + 1) for m in steps
+    ]
+    first = max(i for i, (y, _) in enumerate(places) if y <= low + 1e-9)
+    last = min(i for i, (y, _) in enumerate(places) if y >= high - 1e-9)
+    return logs, [(y, short(value)) for y, value in places[first : last + 1]]
 
 
 def short(value: float) -> str:

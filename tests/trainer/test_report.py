@@ -228,3 +228,20 @@ def test_browser_shows_all_of_it(full, tmp_path, width):
     run, page = full
     seen = look(run / "report.html", width, tmp_path)
     assert seen.images == Balanced(page).count["img"] and seen.charts == Balanced(page).count["svg"]
+
+
+def test_logarithmic_axis_only_where_it_helps():
+    falling = [charts.Series("a", [(i, 1.3 / (1 + i)) for i in range(40)])]
+    texts = [e.text for e in _svg(charts.line_chart(falling, x_label="x", y_log=True)).iter() if e.text]
+    assert {"0.02", "0.05", "0.1", "1", "2"} <= set(texts)
+    flat = [charts.Series("a", [(0, 1.0), (1, 1.2)])]
+    assert charts.line_chart(flat, x_label="x", y_log=True) == charts.line_chart(flat, x_label="x")
+    zero = [charts.Series("a", [(0, 0.0), (1, 9.0)])]
+    assert charts.line_chart(zero, x_label="x", y_log=True) == charts.line_chart(zero, x_label="x")
+    far = [charts.Series("a", [(0, 1e-6), (1, 3e4)])]
+    labels = [
+        e
+        for e in _svg(charts.line_chart(far, x_label="x", y_log=True)).iter()
+        if e.get("text-anchor") == "end"
+    ]
+    assert len(labels) == 12 and labels[-1].text == "100K"

@@ -171,9 +171,9 @@ def _curves(c: Comparison) -> str:
     runs = [run.curves for run in c.runs]
     parts = [
         curves.overlay(runs, "Training loss", "Diffusion loss of training steps, smoothed.", "diffusion loss",
-                       curves.training_loss),
+                       curves.training_loss, log=True),
         curves.overlay(runs, "Held-out error", "Of the averaged weights, at fixed noise and timesteps.",
-                       "held-out noise error", lambda run: curves.points(run.evals, "heldout_mse")),
+                       "held-out noise error", lambda run: curves.points(run.evals, "heldout_mse"), log=True),
         curves.overlay(runs, "Tokens kept", "Share of tokens the router keeps, in training.", "share of tokens kept",
                        curves.training_share, percent=True),
         *curves.measured(runs),

@@ -35,6 +35,7 @@ def loss(run: Run) -> str:
         _both("training", train, 0) + [Series("held out", held, 1, "dots")],
         x_label=X,
         y_label="diffusion loss",
+        y_log=True,
     )
     words = (
         "Diffusion loss of training steps, and of the averaged weights on pictures never trained on, at "
@@ -48,7 +49,7 @@ def heldout(run: Run) -> str:
     if not averaged:
         return ""
     lines = [Series("averaged weights", averaged, 1, "dots"), Series("raw weights", raw, 3, "dots")]
-    chart = line_chart(lines, x_label=X, y_label="held-out noise error")
+    chart = line_chart(lines, x_label=X, y_label="held-out noise error", y_log=True)
     words = "Mean squared error of the prediction on held-out pictures; predicting nothing would get 1."
     return card("Held-out error", words, chart)
 
@@ -80,7 +81,9 @@ def gradient_norm(runs: Sequence[Run]) -> str:
     return card("Gradient norm", "Length of the gradient before clipping: calm is healthy.", chart)
 
 
-def overlay(runs: Sequence[Run], title: str, words: str, label: str, find, percent: bool = False) -> str:
+def overlay(
+    runs: Sequence[Run], title: str, words: str, label: str, find, percent: bool = False, log: bool = False
+) -> str:
     """One line for each run that has the numbers: `find(run)` gives its points."""
     lines = []
     for run in runs:
@@ -91,7 +94,7 @@ def overlay(runs: Sequence[Run], title: str, words: str, label: str, find, perce
             lines.append(Series(run.name, found, run.tone, "dots"))
     if not lines:
         return ""
-    return card(title, words, line_chart(lines, x_label=X, y_label=label, y_percent=percent))
+    return card(title, words, line_chart(lines, x_label=X, y_label=label, y_percent=percent, y_log=log))
 
 
 def measured(runs: Sequence[Run]) -> list[str]:

@@ -12,7 +12,9 @@ from trainer.reporting.html import card, cards, table
 
 FILE = "elastic.json"
 METRICS = {"frechet": "Fréchet distance", "heldout_mse": "held-out error"}
-NO_CURVE = "No elastic curve yet: `dcdit sweep RUN` measures quality and compute at several budgets."
+NO_CURVE = (
+    "No elastic curve yet: `dcdit sweep --checkpoint RUN` measures quality and compute at several budgets."
+)
 
 
 def read(run: Path) -> tuple[dict[str, Any], str]:

@@ -49,10 +49,9 @@ def _strips(f: Findings) -> str:
 
 def _scale(low: float, high: float) -> str:
     """The legend of the probability maps."""
-    low, high = (f"{p:.2g}" if p < 0.1 else f"{p:.3f}" for p in (low, high))
     return (
-        f'<div class="scale"><span>boundary probability</span><span>{low}</span>'
-        f'<i style="background:{ramp_css()}"></i><span>{high}</span></div>'
+        f'<div class="scale"><span>boundary probability</span><span>{low:.3g}</span>'
+        f'<i style="background:{ramp_css()}"></i><span>{high:.3g}</span></div>'
     )
 
 
@@ -71,7 +70,8 @@ def _class_maps(f: Findings) -> str:
     if not f.class_maps:
         return ""
     counts = sorted({row.images for row in f.class_maps})
-    many = "that picture" if counts == [1] else f"{counts[0]} to {counts[-1]} held-out pictures of the class"
+    span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    many = "that picture" if counts == [1] else f"{span} held-out pictures of the class"
     words = (
         "A held-out picture of each class, and the boundary probability the router gives it at growing noise. Under "
         f"each map the share of tokens kept, before any tail drop: the mean over {many}."
