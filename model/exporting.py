@@ -61,13 +61,11 @@ def export_step(
     """
     capacity = usual_capacity(model.config) if capacity is None else capacity
     if not 0 < capacity <= 1:
-        raise UserError(f"--capacity: {capacity} is not above 0 and at most 1")
+        raise UserError(f"capacity: {capacity} is not above 0 and at most 1")
     if batch < 1 or (dynamic and batch > MOST_IMAGES):
-        raise UserError(f"--batch: must be between 1 and {MOST_IMAGES}, not {batch}")
+        raise UserError(f"batch: must be between 1 and {MOST_IMAGES}, not {batch}")
     if getattr(model, "gates", None):
-        raise UserError(
-            "--torch-export: DyDiT decides the widths of the backbone on the host, so no graph has them"
-        )
+        raise UserError("dydit: DyDiT decides the widths of the backbone on the host, so no graph has them")
     device = next(model.parameters()).device
     # The tracer takes a dimension of size 1 for a constant.
     images = max(batch, 2) if dynamic else batch

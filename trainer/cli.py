@@ -21,8 +21,8 @@ COMMANDS = {
     "sample": "draw pictures from a run or a released checkpoint: a sheet, or any number of them",
     "sweep": "quality and compute of one checkpoint over the budget (rho), and its calibration",
     "evaluate": "FID and its kin: how far pictures are from real ones",
-    "export": "weights of any checkpoint as safetensors, averaged or raw",
-    "report": "one HTML page about a run: curves, samples, router maps, FLOPs",
+    "export": "weights as safetensors, a pipeline folder, one step of torch.export",
+    "report": "one HTML page about a run, or about several compared",
 }
 
 USAGE = """usage: dcdit <command> [arguments]

@@ -55,6 +55,12 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--decay", type=float, help="which average, where there are several (default: the first)"
     )
+    text.add_argument(
+        "--heads", type=int, metavar="N", help="attention heads, for a released .pt that does not say"
+    )
+    text.add_argument(
+        "--sigma", type=float, metavar="S", help="de-chunk sigma, for a released .pt that does not say"
+    )
     text.add_argument("--overwrite", action="store_true", help="replace what is already there")
     pipeline = text.add_argument_group("a pipeline folder in the layout of diffusers")
     pipeline.add_argument(
@@ -81,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         check(arguments)
-        weights = read(Path(arguments.source), arguments.which, arguments.decay)
+        weights = read(arguments)
         if arguments.to:
             write(weights, arguments)
             print(f"{weights.name} -> {arguments.to}")
@@ -124,7 +130,7 @@ def check(arguments: argparse.Namespace) -> None:
         )
 
 
-def read(source: Path, which: str = "ema", decay: float | None = None) -> Weights:
+def read(arguments: argparse.Namespace) -> Weights:
     """The weights of a run, a checkpoint, an exported folder or a released .pt.
 
     Raises:
@@ -132,20 +138,21 @@ def read(source: Path, which: str = "ema", decay: float | None = None) -> Weight
     """
     from model.pretrained import WEIGHTS
 
+    source, which, decay = Path(arguments.source), arguments.which, arguments.decay
     if source.suffix == ".pt" or (source / WEIGHTS).is_file() or (source / "transformer" / WEIGHTS).is_file():
         if which == "model" or decay is not None:
             raise UserError(f"{source}: --which and --decay choose among the weights of a run's checkpoint")
-        return _read_exported(source)
+        return _read_exported(source, arguments.heads, arguments.sigma)
     checkpoint = find_checkpoint(source)
     name = choose(checkpoint, which, decay)
     run = json.loads((checkpoint / "ema" / "run.json").read_text()) | {"weights": name}
     return Weights(read_sizes(checkpoint), read_weights(checkpoint, name), run, f"{name} of {checkpoint}")
 
 
-def _read_exported(source: Path) -> Weights:
-    from trainer.drawing import load_source
+def _read_exported(source: Path, heads: int | None, sigma: float | None) -> Weights:
+    from trainer.sampling.source import load_source
 
-    found = load_source(source, "cpu")
+    found = load_source(source, "cpu", heads, sigma)
     known = {"diffusion": process_kwargs(found.process), "data": found.data}
     return Weights(found.model.config, found.model.state_dict(), known | found.run, f"weights of {source}")
 

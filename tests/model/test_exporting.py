@@ -81,9 +81,9 @@ def test_capacity_of_a_forward_pass():
 def test_wrong_numbers():
     model = tiny_dcdit()
     for words, match in [
-        ({"capacity": 0.0}, "--capacity"),
-        ({"capacity": 2.0}, "--capacity"),
-        ({"batch": 0}, "--batch"),
+        ({"capacity": 0.0}, "capacity"),
+        ({"capacity": 2.0}, "capacity"),
+        ({"batch": 0}, "batch"),
     ]:
         with pytest.raises(UserError, match=match):
             export_step(model, **words)

@@ -12,6 +12,7 @@ import torch
 
 from model import DCDiT
 from model.errors import UserError
+from tests.model.conftest import fixture_path
 from tests.trainer.synthetic_run import CLASSES, export, manifest, run_folder, tiny_model
 from tests.trainer.test_prepare_images import vae  # noqa: F401  (a fixture)
 from trainer import cli
@@ -203,6 +204,21 @@ def test_wrong_folders(folder, tmp_path, vae, capsys):  # noqa: F811
     assert cli.main(words) == 2 and "the model makes pixels" in capsys.readouterr().err
     assert cli.main(["export", str(folder), "--to", str(folder), "--pipeline"]) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_released_checkpoint_becomes_a_pipeline(tmp_path):
+    words = [
+        str(fixture_path("tiny_official_layout_0000003.pt")),
+        "--to",
+        str(tmp_path / "pipe"),
+        "--pipeline",
+    ]
+    assert cli.main(["export", *words]) == 0
+    pipe = quiet(tmp_path / "pipe")
+    images = pipe([0], 1, output_type="latent").images
+    assert (
+        pipe.run["data"]["kind"] == "latents" and images.shape[1] == pipe.transformer.config.in_channels == 4
+    )
 
 
 def test_a_run_becomes_a_pipeline_without_diffusers(tmp_path):

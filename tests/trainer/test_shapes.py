@@ -87,7 +87,9 @@ def test_recipe_from_images_to_report(recipe, size, latents, shape, sigma, pictu
     assert (exported["in_channels"], *exported["input_size"]) == shape and exported["dechunk_sigma"] == sigma
 
     to = tmp_path / "sheet.png"
-    assert cli.main(["sample", "--checkpoint", str(run), "--steps", "2", "--to", str(to)]) == 0
+    assert (
+        cli.main(["sample", "--checkpoint", str(run), "--classes", "0", "--steps", "2", "--to", str(to)]) == 0
+    )
     assert re.search(r"kept [\d.]+% of the tokens", capsys.readouterr().out)
     assert cli.main(["report", str(run), "--steps", "1", "--quick"]) == 0
     page = (run / "report.html").read_text()
