@@ -29,8 +29,9 @@ lint: $(STAMP)   ## ruff
 smoke: $(STAMP)  ## the demo's path in about a minute: two processes, a kill, a resume, samples, the report
 	$(PY) trainer/demo.py --quick
 
-bench: $(STAMP)  ## side-by-side measurements of the ops
+bench: $(STAMP)  ## side-by-side measurements: the ops against the dense form, a training step against DiT
 	OMP_NUM_THREADS=2 $(PY) benchmarks/chunking.py
+	OMP_NUM_THREADS=2 $(PY) benchmarks/step.py --parts
 
 evidence: $(STAMP) ## DC-DiT and its ablations against DiT at equal training FLOPs; hours on a CPU, resumable
 	OMP_NUM_THREADS=1 $(PY) benchmarks/evidence.py --svg runs/evidence/evidence.svg --json runs/evidence/evidence.json
