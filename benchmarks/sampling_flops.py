@@ -1,6 +1,6 @@
 """TFLOPs per image of whole sampling runs, beside the published ones.
 
-    python benchmarks/sampling_flops.py
+    python benchmarks/sampling_flops.py [--markdown docs/sampling.md]
 
 DDPM with 250 steps at 32 x 32 latents: without guidance, with CFG, with Lite-CFG (rho 0.9 on the unconditional
 branch). Counted by `model.flops` as the release counts (no elementwise work, no residual projection). What the
@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.tables import place
 from model import preset
 from model.flops import flops, sampling_flops
 
@@ -81,21 +82,28 @@ def rows() -> list[tuple[str, str, float, float | None, float | None]]:
     return out
 
 
-def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    print(f"| model | {STEPS} DDPM steps | TFLOPs/image, 25 % kept | published | share kept that gives it |")
-    print("|---|---|---|---|---|")
+def table() -> str:
+    """The rows as a markdown table, and where the FLOPs of the largest model go."""
+    out = [f"| model | {STEPS} DDPM steps | TFLOPs/image, 25 % kept | published | share kept that gives it |"]
+    out.append("|---|---|---:|---:|---:|")
     for name, setting, ours, theirs, share in rows():
         published = "-" if theirs is None else f"{theirs:.2f}"
         implied = "-" if share is None else f"{share:.1%}"
-        print(f"| {name} | {setting} | {ours:.2f} | {published} | {implied} |")
+        out.append(f"| {name} | {setting} | {ours:.2f} | {published} | {implied} |")
     one = flops(preset("XL"), 256)
     parts = ", ".join(
         f"{name} {value / one['total']:.1%}" for name, value in one.items() if 0 < value < one["total"]
     )
-    print(f"\nOf a forward pass of DC-DiT-XL at 256 of 1024 tokens: {parts}.")
+    return "\n".join([*out, "", f"Of a forward pass of DC-DiT-XL at 256 of 1024 tokens: {parts}.", ""])
+
+
+def main() -> None:
+    text = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    text.add_argument("--markdown", metavar="FILE", help="place the table there too")
+    args = text.parse_args()
+    print(table(), end="")
+    if args.markdown:
+        place(args.markdown, "sampling-flops", table())
 
 
 if __name__ == "__main__":

@@ -79,14 +79,14 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit status."""
     from trainer.parallel import close_world, open_world
-    from trainer.sampling.source import load_source, pick_device
+    from trainer.sampling.source import check_device, load_source
 
     rhos = TailDrop.parse(args.tail_drop)
     if rhos.starts:
         raise UserError(
             f"--tail-drop: a sweep takes a list of numbers such as {RHOS}, got {args.tail_drop!r}"
         )
-    pick_device(args.device)
+    check_device(args.device)
     world = open_world(timeout_minutes=60, device=args.device.partition(":")[0])
     try:
         device = args.device if ":" in args.device else str(world.device)

@@ -21,7 +21,7 @@ FEW = ["--heldout", "64", "--batch", "16"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of the real trainer on the embedded photographs: 60 steps of 16 at 8 x 8, most of the cost in the
+    """A run of the real trainer on the embedded photographs: 90 steps of 16 at 8 x 8, most of the cost in the
     backbone, as in the models of the paper. What its last evaluation says of the router is its calibration."""
     from trainer.prepare import main as prepare
     from trainer.train import main as train
@@ -32,9 +32,9 @@ def trained(tmp_path_factory):
     overrides = [
         f"data.path={shards}", f"run.dir={folder / 'run'}", "model.overrides={hidden_size: 64, depth: 4, num_heads: 2,"
         " enc_dec_dim_factor: 1, mlp_ratio: 24.0}",
-        "train.total_images=960", "train.global_batch_size=16", "train.precision=fp32",
-        "train.tail_drop_after=320", "optimizer.lr=2e-3", "optimizer.warmup_images=64", "ema.decay=0.95",
-        "eval.every=960", "eval.count=64", "eval.batch_size=32", "checkpoint.every=960", "log.every=50",
+        "train.total_images=1440", "train.global_batch_size=16", "train.precision=fp32",
+        "train.tail_drop_after=320", "optimizer.lr=2e-3", "optimizer.warmup_images=64", "ema.decay=0.9",
+        "eval.every=1440", "eval.count=64", "eval.batch_size=32", "checkpoint.every=1440", "log.every=50",
         "data.num_workers=0", "log.tensorboard=false",
     ]  # fmt: skip
     assert train(["--device", "cpu", "--config", "configs/recipe/demo.yaml", *overrides]) == 0
@@ -166,28 +166,29 @@ def test_the_cost_is_that_of_the_flops_where_nothing_varies(tmp_path):
 @pytest.mark.parametrize(
     ("budget", "settings"),
     [
-        ("75%", Settings(steps=12, batch=38)),
-        ("85%", Settings(steps=12, batch=38, method="ddim")),
-        ("80%", Settings(steps=12, batch=38, guidance=1.5)),
+        ("75%", Settings(steps=12, batch=19)),
+        ("85%", Settings(steps=12, batch=19, method="ddim")),
+        ("80%", Settings(steps=12, batch=19, guidance=1.5)),
         (
             "88%",
-            Settings(steps=12, batch=38, guidance=1.5, uncond_tail_drop=0.9, guidance_interval=(0.2, 0.8)),
+            Settings(steps=12, batch=19, guidance=1.5, uncond_tail_drop=0.9, guidance_interval=(0.2, 0.8)),
         ),
     ],
 )
 def test_a_trained_model_keeps_to_its_budget(trained, budget, settings):
     source = load_source(trained, "cpu")
-    labels = [k % source.num_classes for k in range(38)]
+    labels = [k % source.num_classes for k in range(19)]
     chosen, record = with_budget(budget, settings, source)
     assert 0 < chosen.tail_drop < 0.95
     full = generate(source, labels, settings).gflops.mean()
     spent = generate(source, labels, chosen).gflops.mean()
     wanted = Budget.parse(budget).amount * full
-    assert record["gflops_at_0"] == pytest.approx(full, rel=0.02)
-    assert spent == pytest.approx(wanted, rel=0.02), f"spent {spent:.4g} of {wanted:.4g} GFLOPs"
+    assert record["gflops_at_0"] == pytest.approx(full, rel=0.04)
+    assert spent == pytest.approx(wanted, rel=0.04), f"spent {spent:.4g} of {wanted:.4g} GFLOPs"
 
 
-def test_a_calibration_of_its_own_foresees_the_same(trained, tmp_path, capsys):
+def test_a_calibration_of_its_own_foresees_the_same(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("trainer.sweep.CALIBRATION_IMAGES", 256)
     folder = tmp_path / "copy"
     shutil.copytree(next(trained.glob("checkpoints/*/ema")), folder)
     source, settings = load_source(folder, "cpu"), Settings(steps=12, guidance=1.5, uncond_tail_drop=0.5)
@@ -199,7 +200,7 @@ def test_a_calibration_of_its_own_foresees_the_same(trained, tmp_path, capsys):
     assert (noted.about["measured_on"], measured.about["measured_on"]) == (
         "the last evaluation in training", "held-out images"
     )  # fmt: skip
-    assert measured.about["images"] >= 1000 and (measured.conditional[1] > measured.conditional[0] ** 2).all()
+    assert measured.about["images"] >= 250 and (measured.conditional[1] > measured.conditional[0] ** 2).all()
     for rho in (0.0, 0.4):
         foreseen = Cost(source, settings, measured).gflops(rho)
         assert Cost(source, settings, noted).gflops(rho) == pytest.approx(foreseen, rel=0.01)

@@ -31,7 +31,7 @@ def run(tmp_path_factory):
 
 
 def command(run, target, *words):
-    return ["--checkpoint", str(run), "--number", str(NUM), "--to", str(target), "--steps", "4", *words]
+    return ["--checkpoint", str(run), "--number", str(NUM), "--to", str(target), "--steps", "8", *words]
 
 
 def draw(run, target, *words):
@@ -46,9 +46,9 @@ def pictures(folder):
 
 @pytest.fixture(scope="module")
 def reference(run, tmp_path_factory):
-    """One process, batches of 5."""
+    """One process, batches of 2."""
     folder = tmp_path_factory.mktemp("reference") / "pictures"
-    draw(run, folder, "--batch", "5")
+    draw(run, folder, "--batch", "2")
     return folder
 
 
@@ -61,28 +61,28 @@ def torchrun(processes, words):
 
 
 def test_killed_on_two_processes_and_resumed_on_three_gives_the_pictures_of_one(run, reference, tmp_path):
-    """Other batch sizes too. Matrix products of other shapes round otherwise, which may move a pixel by a level."""
+    """Bit for bit: the batches are the same ones, whoever draws them."""
     target = tmp_path / "pictures"
-    slow = torchrun(2, command(run, target, "--batch", "1", "--method", "ddpm"))
+    slow = torchrun(2, command(run, target, "--batch", "2"))
     deadline = time.monotonic() + 120
-    while len(list(target.glob(".parts/*.npz"))) < 4:
+    while len(list(target.glob(".parts/[0-9]*.npz"))) < 3:
         assert slow.poll() is None and time.monotonic() < deadline, slow.communicate()[0]
         time.sleep(0.005)
     for pid in [slow.pid, *descendants(slow.pid)]:
         os.kill(pid, signal.SIGKILL)
     slow.communicate(timeout=60)
-    left = {part.name: part.stat().st_mtime_ns for part in target.glob(".parts/[0-9]*.npz")}
-    assert 4 <= len(left) < NUM and not (target / "labels.csv").exists()
+    left = len(list(target.glob(".parts/[0-9]*.npz")))
+    assert 3 <= left < NUM // 2 and not (target / "labels.csv").exists()
 
-    again = torchrun(3, command(run, target, "--batch", "4"))
+    again = torchrun(3, command(run, target, "--batch", "2"))
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 0, output
     drawn, wanted = pictures(target), pictures(reference)
     assert drawn.shape == wanted.shape == (NUM, SIZE, SIZE, 3)
-    assert np.abs(drawn - wanted).max() <= 1
+    assert np.array_equal(drawn, wanted)
     a, b = (json.loads((folder / "sampling.json").read_text()) for folder in (target, reference))
     assert a["complete"] and a["processes"] == 3 and b["processes"] == 1
-    assert a["gflops_per_image"] == pytest.approx(b["gflops_per_image"], rel=1e-3)
+    assert a["gflops_per_image"] == pytest.approx(b["gflops_per_image"], rel=1e-9)
     assert (target / "labels.csv").read_text() == (reference / "labels.csv").read_text()
     assert not (target / ".parts").exists()
 
@@ -115,18 +115,18 @@ def test_many_are_what_a_sheet_draws(run, reference):
     """Picture i has class i mod 4 and is the (i // 4)-th of it."""
     source = load_source(run, "cpu")
     labels = [i % 4 for i in range(NUM)]
-    shots, _ = to_pictures(source, generate(source, labels, Settings(steps=4, batch=5)).images)
+    shots, _ = to_pictures(source, generate(source, labels, Settings(steps=8, batch=2)).images)
     assert np.array_equal(pictures(reference), np.stack(shots))
 
 
 def test_every_format_holds_the_same_pictures(run, reference, tmp_path):
     wanted = pictures(reference)
-    draw(run, tmp_path / "npz", "--batch", "5", "--format", "npz")
+    draw(run, tmp_path / "npz", "--batch", "2", "--format", "npz")
     with np.load(tmp_path / "npz" / "samples.npz") as values:
         assert values["arr_0"].dtype == np.uint8 and np.array_equal(values["arr_0"], wanted)
         assert values["arr_1"].tolist() == [i % 4 for i in range(NUM)]
     folder = tmp_path / "tars"
-    draw(run, folder / "train", "--batch", "5", "--format", "webdataset", "--shard", "9")
+    draw(run, folder / "train", "--batch", "2", "--format", "webdataset", "--shard", "9")
     assert len(list((folder / "train").glob("shard.*.tar"))) == 3
     about = manifest() | {"format": "webdataset", "splits": {"train": NUM}}
     (folder / "manifest.json").write_text(json.dumps(about))
@@ -138,7 +138,7 @@ def test_every_format_holds_the_same_pictures(run, reference, tmp_path):
 
 def test_the_record_says_how_they_were_made(run, reference):
     record = json.loads((reference / "sampling.json").read_text())
-    assert (record["method"], record["steps"], record["precision"], record["seed"]) == ("ddpm", 4, "fp32", 0)
+    assert (record["method"], record["steps"], record["precision"], record["seed"]) == ("ddpm", 8, "fp32", 0)
     assert record["images_seen"] == 640 and len(record["weights"]) == 32
     assert 0 < record["retained_share"] < 1 and record["retained_share_unconditional"] is None
     assert record["tflops_total"] == pytest.approx(NUM * record["gflops_per_image"] / 1000, abs=1e-3)
@@ -147,7 +147,7 @@ def test_the_record_says_how_they_were_made(run, reference):
 
 def test_a_complete_folder_is_left_alone_and_another_setting_refused(run, reference, capsys):
     before = (reference / "000000000.png").stat().st_mtime_ns
-    draw(run, reference, "--batch", "2")
+    draw(run, reference, "--batch", "5")
     assert "already complete" in capsys.readouterr().out
     assert cli.main(["sample", *command(run, reference), "--guidance", "2"]) == 2
     assert "pictures made with guidance 1.0, now it is 2.0" in capsys.readouterr().err
@@ -155,7 +155,8 @@ def test_a_complete_folder_is_left_alone_and_another_setting_refused(run, refere
 
 
 def test_holes_of_another_batch_size_are_filled_in_order(run, reference, tmp_path):
-    """What is missing need not be in one piece, and the npz is in order all the same."""
+    """What is missing need not be in one piece, and the npz is in order all the same. Matrix products of other shapes
+    round otherwise, which may move a pixel by a level."""
     target = tmp_path / "npz"
     words = command(run, target, "--batch", "3", "--format", "npz")
 

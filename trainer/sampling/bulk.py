@@ -24,7 +24,7 @@ from trainer.randomness import rng
 from trainer.sampling.arguments import load_guide, parse_classes, settings_from
 from trainer.sampling.decode import load_vae, to_pictures
 from trainer.sampling.progress import Line, clock
-from trainer.sampling.source import Source, load_source, pick_device
+from trainer.sampling.source import Source, check_device, load_source
 from trainer.sampling.store import Store
 from trainer.signals import EXIT_OK, EXIT_STOPPED, StopFlag
 
@@ -38,7 +38,7 @@ class _Stopped(Exception):
 def draw_many(args: argparse.Namespace) -> int:
     """`dcdit sample --num N --to DIR`; returns the exit status: 0 complete, 75 stopped by a signal."""
     kind, _, number = args.device.partition(":")
-    pick_device(args.device)
+    check_device(args.device)
     world = open_world(timeout_minutes=60, device=kind)
     if number and world.size > 1:
         raise UserError(

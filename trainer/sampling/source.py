@@ -88,6 +88,14 @@ def pick_device(name: str):
     return device
 
 
+def check_device(name: str) -> None:
+    """What `pick_device` raises, without touching a GPU that is there: under torchrun each process has its own."""
+    import torch
+
+    if name not in ("auto", "cpu") and not (name == "cuda" and torch.cuda.is_available()):
+        pick_device(name)
+
+
 def _released(path: Path, heads: int | None, sigma: float | None):
     """A published DC-DiT or DiT file; the tensors' names tell which."""
     from model.errors import UserError
