@@ -228,12 +228,13 @@ def _thin(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[
 
 
 def standalone(chart: str, title: str) -> str:
-    """A chart of this module as an SVG file of its own: light colours, no legend, `title` as its name."""
+    """A chart of this module as an SVG file of its own: light colours, no legend, `title` above it."""
     style = (
         "svg{background:#fff;font:12px system-ui,sans-serif}.gridline{stroke:#e4e1d9}.axis,.mark{stroke:#8a8f98}"
         ".tick,.label,.over{fill:#626a76}.line{fill:none;stroke:#16766f;stroke-width:2}.dot{fill:#16766f}"
     )
     body = chart[chart.index("<svg") :]
     head, rest = body.split(">", 1)
+    head = head.replace(f'viewBox="0 0 {WIDTH} {HEIGHT}"', f'viewBox="0 -26 {WIDTH} {HEIGHT + 26}"')
     size = f'width="{2 * WIDTH}" xmlns="http://www.w3.org/2000/svg"'
-    return f"{head} {size}><title>{escape(title)}</title><style>{style}</style>{rest}"
+    return f"{head} {size}><style>{style}</style>{_text(LEFT, -9, title, 'start', 'label')}{rest}"

@@ -375,9 +375,13 @@ def plot(values: dict[str, Any]) -> str:
     from trainer.charts import Series, line_chart, standalone
 
     metric = values["metric"]
-    points = [(row["gflops_per_image"], row[metric]) for row in values["rows"]]
+    points = sorted(
+        (row["gflops_per_image"], row[metric], f"rho {row['tail_drop']:g}") for row in values["rows"]
+    )
     named = f"Frechet distance ({values['features']})" if metric == "frechet" else "held-out mse"
-    series = [Series("", sorted(points), style="dots")]
+    series = [
+        Series("", [point[:2] for point in points], style="dots", labels=[point[2] for point in points])
+    ]
     return standalone(line_chart(series, x_label=f"GFLOPs per image ({values['steps']} {values['method']} steps)",
                                  y_label=named), named)  # fmt: skip
 

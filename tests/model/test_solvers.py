@@ -145,3 +145,20 @@ def test_without_diffusers_it_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="dpmpp2m needs diffusers.*pip install") as error:
         make_process().sample(model_of, torch.zeros(1, 1, 4), 5, method="dpmpp2m")
     assert "\n" not in str(error.value)
+
+
+def test_heun_agrees_with_diffusers_up_to_the_last_step(diffusers):
+    """Theirs ends with an Euler step, ours corrects that too; both on our grid."""
+    steps, seen = 9, []
+    grid = torch.tensor([1 - i / steps for i in range(steps)] + [0.0])
+    theirs = diffusers.FlowMatchHeunDiscreteScheduler(1000)
+    theirs.set_timesteps(steps)
+    theirs.sigmas = torch.cat([grid[:1], grid[1:-1].repeat_interleave(2), grid[-1:]])
+    theirs.timesteps = 1000 * theirs.sigmas[:-1]
+    noise = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    x = noise
+    for t in theirs.timesteps[: 2 * (steps - 1)]:
+        x = theirs.step(model_of(x, t.expand(2))[:, :3], t, x).prev_sample
+    process = make_process("flow")
+    process.sample(model_of, noise, steps, method="heun", on_step=lambda *step: seen.append(step[3]))
+    torch.testing.assert_close(seen[-1], x, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,6 @@
 """Tail drop by image and by timestep, and budgets kept by a trained model."""
 
+import dataclasses
 import json
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from model import DCDiT, preset
 from model.diffusion import guided, make_process
 from model.errors import UserError
 from model.flops import flops
-from tests.trainer.synthetic_run import export, tiny_model
+from tests.model.test_dydit import scatter_gates
+from tests.trainer.synthetic_run import export, mds, tiny_model
 from trainer import cli
 from trainer.drawing import Settings, generate, load_source
 from trainer.elastic import Budget, Calibration, Cost, TailDrop, call_times, with_budget
@@ -204,6 +207,30 @@ def test_a_calibration_of_its_own_foresees_the_same(trained, tmp_path, monkeypat
     for rho in (0.0, 0.4):
         foreseen = Cost(source, settings, measured).gflops(rho)
         assert Cost(source, settings, noted).gflops(rho) == pytest.approx(foreseen, rel=0.01)
+
+
+def test_the_gates_of_dydit_are_calibrated_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.sweep.CALIBRATION_IMAGES", 256)
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=64, depth=2, num_heads=4, in_channels=3, num_classes=4, input_size=(8, 8), dydit=0.6
+    )
+    model = scatter_gates(DCDiT(preset("DC-DiT-Ti", enc_dec_dim_factor=1, mlp_ratio=16.0, **sizes)))
+    with torch.no_grad():
+        model.final_layer.linear.weight.normal_(std=0.1)
+    model.calibrate_router(torch.randn(8, 3, 8, 8), torch.arange(8) * 120, torch.arange(8) % 4)
+    folder, data = export(tmp_path / "gated", model), mds(tmp_path / "data")
+    source, settings = load_source(folder, "cpu"), Settings(steps=10, batch=20)
+    with pytest.raises(UserError, match="no calibration"):
+        Calibration.of(source)
+    words = ["--checkpoint", str(folder), "--data", str(data), "--calibrate", "--heldout", "8"]
+    assert cli.main(["sweep", *words]) == 0
+    calibration = Calibration.of(source)
+    assert calibration.gates.shape == (20, 2, 2) and calibration.gates.min() < 0.9
+    spent = generate(source, [k % 4 for k in range(20)], settings).gflops.mean()
+    assert Cost(source, settings, calibration).gflops() == pytest.approx(spent, rel=0.02)
+    open_gates = dataclasses.replace(calibration, gates=None)
+    assert Cost(source, settings, open_gates).gflops() > 1.03 * spent
 
 
 def test_a_budget_in_flops_reaches_the_command(trained, tmp_path, capsys):

@@ -19,6 +19,7 @@ from trainer.data import open_source
 from trainer.demo import descendants
 from trainer.drawing import Settings, generate, load_source
 from trainer.sampling import bulk
+from trainer.sampling.arguments import parser, settings_from
 from trainer.sampling.decode import to_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -262,3 +263,17 @@ def test_a_sheet_is_not_drawn_by_several_processes(run, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["sample", "--checkpoint", str(run)]) == 2
     assert "--num: a sheet is drawn by one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["--num", "9"], 250),
+        (["--num", "9", "--method", "ddim"], 50),
+        ([], 50),
+        (["--num", "9", "--steps", "7"], 7),
+    ],
+)
+def test_many_take_the_published_number_of_steps(run, words, steps):
+    args = parser().parse_args(["--checkpoint", str(run), *words])
+    assert settings_from(args, load_source(run, "cpu")).steps == steps
