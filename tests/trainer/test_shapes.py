@@ -30,7 +30,7 @@ TINY = [
 
 # recipe, `--size`, VAE or pixels, shape the model sees, sigma
 SHAPES = [
-    ("imagenet512_xl", ["--size", "512"], True, (4, 64, 64), 2.0),
+    ("imagenet512_xl", ["--size", "512", "--no-mirror"], True, (4, 64, 64), 2.0),
     ("imagenet256x384_b", ["--size", "256", "384"], True, (4, 32, 48), 1.0),
     ("imagenet64_pixels_s", ["--size", "64", "--vae", "none"], False, (3, 64, 64), 2.0),
 ]
@@ -62,7 +62,7 @@ def test_recipe_from_images_to_report(recipe, size, latents, shape, sigma, pictu
         "--device",
         "cpu",
     ]
-    assert prepare.main(words + (["--vae", str(vae), "--no-mirror"] if latents else [])) == 0
+    assert prepare.main(words + (["--vae", str(vae)] if latents else [])) == 0
     manifest = Manifest.read(data)
     assert manifest.shape == shape and manifest.splits == {"train": 4, "heldout": 2}
     assert manifest.kind == ("latents" if latents else "pixels")
