@@ -223,13 +223,10 @@ def main() -> None:
     text.add_argument("--to", default="runs/composition")
     text.add_argument("--images", type=int, default=3200, help="to train on by")
     text.add_argument("--targets", type=_floats, default=[0.7], help="of the gates, such as 0.7,0.5")
-    text.add_argument("--thresholds", type=_floats, default=[0.1, 0.2], help="of TeaCache")
+    text.add_argument("--thresholds", type=_floats, default=[0.03, 0.1], help="of TeaCache")
     text.add_argument("--samples", type=int, default=190)
-    text.add_argument("--steps", type=int, default=50)
+    text.add_argument("--steps", type=int, default=30, help="of DDIM")
     text.add_argument("--batch", type=int, default=38)
-    text.add_argument(
-        "--train-only", action="store_true", help="only these targets, or with --targets= the plain one"
-    )
     text.add_argument("--speed", action="store_true", help="only the speed of sliced weights")
     text.add_argument("--rounds", type=int, default=5, help="of --speed")
     text.add_argument("--markdown", metavar="FILE")
@@ -246,13 +243,9 @@ def compare(args: argparse.Namespace) -> dict[str, list[list[str]]]:
     if args.run is None:
         raise UserError("give the demo's run, as in `python benchmarks/composition.py runs/demo`")
     base, to = Path(args.run), Path(args.to)
-    runs = {}
-    if not (args.train_only and args.targets):
-        runs["DC-DiT"] = train_on(base, to / "plain", None, args.images)
+    runs = {"DC-DiT": train_on(base, to / "plain", None, args.images)}
     for target in args.targets:
         runs[f"+ DyDiT {target:g}"] = train_on(base, to / f"dydit-{target:g}", target, args.images)
-    if args.train_only:
-        return {}
     table = Table(args)
     for name, run in runs.items():
         table.measure(name, run, [None, *args.thresholds])
