@@ -105,6 +105,7 @@ class OptimizerConfig:
 @dataclass
 class EmaConfig:
     decay: Any = 0.9999
+    device: str = "auto"
 
 
 @dataclass
@@ -201,6 +202,7 @@ CHOICES = {
     "train.precision": ("bf16", "fp32"),
     "upcycle.distill": ("blocks", "hybrid", "both", "none"),
     "optimizer.name": ("adamw", "apex_fused_adam", "deepspeed_cpu_adam"),
+    "ema.device": ("auto", "cpu"),
     "parallel.engine": ("fsdp", "ddp", "deepspeed"),
     "parallel.zero_stage": (1, 2, 3),
     "parallel.activation_checkpointing": ("none", "block", "selective"),

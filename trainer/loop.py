@@ -215,7 +215,7 @@ class Trainer:
         """Held-out loss of the averaged weights (and of the raw ones), and the measures of pictures drawn where they
         are due, logged as one row."""
         self.model.eval()
-        with self.stats.outside():
+        with self.stats.outside(), self.engine.evaluating("ema"):
             averaged = self.heldout.run(self, self.ema, self.null_class)
             raw = averaged and self.heldout.run(self, self.model, self.null_class)
             drawn = raw and self.drawing.run(self)

@@ -7,6 +7,7 @@ import json
 import math
 import netrc
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -94,7 +95,7 @@ class Progress:
             f"kept 1/{row['compression']:.1f}" if row.get("compression") else None,
             f"{row['images_per_second']:.1f} images/s",
             f"MFU {row['mfu']:.0%}" if row.get("mfu") else None,
-            f"data wait {row['seconds_data'] / max(row['seconds_step'], 1e-9):.0%}",
+            f"data wait {row['data_wait']:.0%}",
             f"left {_clock(left)}",
         ]
         return "  ".join(p for p in parts if p)
@@ -168,7 +169,7 @@ def _open_wandb(run_dir: Path, config: Config) -> Any:
     import wandb
 
     mark = run_dir / "wandb_id"
-    run_id = mark.read_text().strip() if mark.is_file() else wandb.util.generate_id()
+    run_id = mark.read_text().strip() if mark.is_file() else secrets.token_hex(4)
     mark.write_text(run_id)
     return wandb.init(
         project=config.log.wandb_project, entity=config.log.wandb_entity, name=config.run.name, id=run_id,

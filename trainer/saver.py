@@ -1,9 +1,10 @@
 """Writing checkpoints, beside the training that goes on.
 
 A save has three parts. *Staging* copies this process's shards to host memory; the next optimizer step waits for it
-and for nothing else. *Writing* is torch.distributed.checkpoint's, in a thread, on a process group of its own: two
-threads that share a gloo group would mix up each other's collectives. *Finishing* is rank 0's, in a thread, once every
-process has written: the safetensors export of the averages, the marker, the rename, ``latest``, pruning. A kill at
+and for nothing else (DeepSpeed's own state is copied before the step loop goes on). *Writing* is
+torch.distributed.checkpoint's, and beside it DeepSpeed's, in threads, on a process group of its own: two threads that
+share a gloo group would mix up each other's collectives. *Finishing* is rank 0's, in a thread, once every process has
+written: the safetensors export of the averages, the marker, the rename, ``latest``, pruning. A kill at
 any moment leaves either a finished checkpoint or a folder that ``checkpoint.clean`` settles.
 """
 
@@ -65,20 +66,17 @@ class Saver:
         final = self.folder / f"{state['images']:012d}"
         temporary = self.folder / f".writing-{final.name}"
         self._agree(lambda: _fresh(temporary) if self.world.main else None)
-        self._agree(lambda: engine.save_own(temporary))
+        own = self._agree(lambda: engine.save_own(temporary))
         response = dcp.async_save(
             engine.state(), checkpoint_id=str(temporary), process_group=self.group,
             **({"async_stager": self._stager} if self._stager else {}),
         )  # fmt: skip
         self._staging = getattr(response, "staging_completion", None)
         written = getattr(response, "upload_completion", response)
-        if self.world.main:
-            names = list(engine.names)
-            self._pending = self._thread.submit(
-                self._finish, written, temporary, final, names, state, run_info, begin
-            )
-        else:
-            self._pending = written
+        names = list(engine.names)
+        self._pending = self._thread.submit(
+            self._finish, written, own, temporary, final, names, state, run_info, begin
+        )
         if not self.options.asynchronous:
             self.wait()
 
@@ -109,11 +107,11 @@ class Saver:
         if pending is not None:
             pending.result()
 
-    def _agree(self, work: Callable[[], None]) -> None:
-        """Do ``work``; if it fails on one rank, raise the same error on all of them."""
-        problem = None
+    def _agree(self, work: Callable[[], Any]) -> Any:
+        """Do ``work``, return what it returns; if it fails on one rank, raise the same error on all of them."""
+        result = problem = None
         try:
-            work()
+            result = work()
         except (Exception, CheckpointException) as error:  # torch's is no Exception
             # Whatever it is, the other ranks must not wait for this one for ever.
             problem = _reason(error)
@@ -123,12 +121,17 @@ class Saver:
                 f"checkpoint: cannot write to {self.folder}: {problems[0]}; earlier checkpoints are as they were. "
                 "Mend that and run the same command again"
             )
+        return result
 
     def _finish(
-        self, written: Future, temporary: Path, final: Path, names: list[str], state: dict[str, Any],
-        run_info: dict[str, Any], begin: float,
+        self, written: Future, own: Future | None, temporary: Path, final: Path, names: list[str],
+        state: dict[str, Any], run_info: dict[str, Any], begin: float,
     ) -> None:  # fmt: skip
-        written.result()
+        written.result()  # every process has written its part of these files
+        if own is not None:
+            self._everyone(own)
+        if not self.world.main:
+            return
         for name in names:
             weights = checkpoint.read_whole(temporary, name)
             checkpoint.export(temporary / name, self.sizes, weights, run_info)
@@ -138,6 +141,14 @@ class Saver:
         checkpoint.point_latest(self.folder, final.name)
         checkpoint.prune(self.folder, self.options.keep_last, self.options.keep_every, self.batch)
         self.say(f"saved {final} in {time.monotonic() - begin:.1f} s")
+
+    def _everyone(self, own: Future) -> None:
+        """Until every process has written its own files. Runs in the thread, when the group is free again."""
+        error = own.exception()
+        problems: list[str | None] = [None] * self.world.size
+        dist.all_gather_object(problems, _reason(error) if error else None, group=self.group)
+        for problem in filter(None, problems):
+            raise OSError(problem) from error
 
 
 def _make_stager(device: str) -> Any:

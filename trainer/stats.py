@@ -103,7 +103,7 @@ class StepStats:
         row |= {
             "images_per_second": batch * count / seconds, "grad_norm": float(norms[-1]), "lr": self.lr,
             "tail_drop": self.rho, "seconds_data": self.seconds_data / count,
-            "seconds_step": seconds / count,
+            "seconds_step": seconds / count, "data_wait": self.seconds_data / seconds,
         }  # fmt: skip
         if self.world.device.type == "cuda":
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

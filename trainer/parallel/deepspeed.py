@@ -2,6 +2,7 @@
 
 ZeRO 1 and 2 keep the weights whole, so their EMA copies are whole too. Under ZeRO 3 an EMA copy is partitioned like the
 weights, by an engine of its own without an optimizer; it is updated partition by partition, and nothing is gathered.
+With ``ema.device: cpu`` the copies, or their partitions, are in host memory.
 
 The weights are fp32; bf16 is DeepSpeed's own autocast. (DeepSpeed's ``bf16`` section would round the router too.)
 """
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from torch.distributed.tensor import DTensor, Shard
 from model.errors import UserError
 from trainer.checkpoint import read_state
 from trainer.config import Config
+from trainer.ema import lent_to
 from trainer.optimizers import build_optimizer
 from trainer.parallel.apply import checkpoint_blocks, compile_blocks
 from trainer.parallel.engine import Engine
@@ -93,31 +96,43 @@ class DeepSpeed(Engine):
         )  # DeepSpeed insists, also without a launcher
         self.library, self.stage = import_deepspeed(), config.parallel.zero_stage
         self.settings = deepspeed_config(config, world.size, micro)
-        for one in (model, *averages):
-            self._prepare(one)
+        self._prepare(model)
         # Names and shapes before ZeRO 3 takes the parameters apart.
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         optimizer = build_optimizer(config, model.parameters())
         self.model, self.optimizer = self._initialize(model, optimizer)
+        self.model.checkpoint_engine = self._writer()
         if self.stage == 3:
-            averages = [self._initialize(average, None)[0] for average in averages]
-            self.mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-        self.averages = dict(zip(self.names, averages, strict=True))
+            kind = world.device.type if self.host is None else "cpu"
+            self.mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+        self._wrap_averages(averages)
 
-    def _initialize(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[Any, Any]:
+    def _initialize(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, host: bool = False
+    ) -> tuple[Any, Any]:
+        settings = dict(self.settings)
+        if host:
+            pinned = {"device": "cpu", "pin_memory": self.world.device.type == "cuda"}
+            settings["zero_optimization"] = settings["zero_optimization"] | {"offload_param": pinned}
         engine, wrapped, *_ = self.library.initialize(
-            model=model, optimizer=optimizer, config=dict(self.settings), dist_init_required=False
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         return engine, wrapped
 
-    def _prepare(self, model: nn.Module) -> None:
-        model.to(self.world.device)
+    def _prepare(self, model: nn.Module, host: bool = False) -> None:
+        if not host:
+            model.to(self.world.device)
         checkpoint_blocks(model, self.config.parallel.activation_checkpointing)
         compile_blocks(model, self.config.parallel.compile)
 
-    def frozen(self, model: nn.Module) -> nn.Module:
-        self._prepare(model.requires_grad_(False).eval())
-        return self._initialize(model, None)[0] if self.stage == 3 else model
+    def frozen(self, model: nn.Module, host: bool = False) -> nn.Module:
+        self._prepare(model.requires_grad_(False).eval(), host)
+        return self._initialize(model, None, host)[0] if self.stage == 3 else model
+
+    def _writer(self) -> Any:
+        from trainer.parallel.deepspeed_writer import BackgroundWriter
+
+        return BackgroundWriter(self.model._config)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -142,6 +157,7 @@ class DeepSpeed(Engine):
     def state(self) -> dict[str, Any]:
         """The averages; the rest is in DeepSpeed's own files. Under ZeRO 3 every parameter is one flat tensor,
         split over the processes as DTensor splits, so that any number of them can read it."""
+        self.settle()
         return {name: self._average_state(average) for name, average in self.averages.items()}
 
     def _average_state(self, average: nn.Module) -> dict[str, torch.Tensor]:
@@ -156,9 +172,19 @@ class DeepSpeed(Engine):
             )
         return state | {plain_name(name): value for name, value in module.named_buffers()}
 
-    def save_own(self, folder: Path) -> None:
+    @contextmanager
+    def evaluating(self, name: str) -> Iterator[nn.Module]:
+        with super().evaluating(name) as average:
+            if self.stage == 3:  # gathers what it needs on the device by itself
+                yield average
+            else:
+                with lent_to(self.world.device, average):
+                    yield average
+
+    def save_own(self, folder: Path) -> Future:
         """Weights and optimizer as ``zero_to_fp32.py``, put beside them by DeepSpeed, reads them."""
         self.model.save_checkpoint(str(folder / FOLDER), tag=TAG)
+        return self.model.checkpoint_engine.collect()
 
     def load(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
         if read_state(checkpoint)["world_size"] == self.world.size:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from trainer.checkpoint import read_state
 from trainer.config import Config
-from trainer.ema import ema_names
+from trainer.ema import HostUpdate, ema_names
 from trainer.optimizers import build_optimizer
 from trainer.parallel.world import World
 
@@ -40,6 +42,7 @@ class Engine:
         self.config, self.world = config, world
         self.bf16 = config.train.precision == "bf16"
         self.names = ema_names(config.ema.decay)
+        self.host = HostUpdate() if config.ema.device == "cpu" else None
 
     def accumulate(self, last: bool) -> AbstractContextManager:
         """Around the forward and backward of one micro-batch; gradients are reduced on the last one."""
@@ -64,25 +67,46 @@ class Engine:
 
     @torch.no_grad()
     def update_averages(self, decays: list[float]) -> None:
-        """ema <- decay * ema + (1 - decay) * model, in one fused call per copy and device."""
-        now = self.shards(self.model)
-        for average, decay in zip(self.averages.values(), decays, strict=True):
-            torch._foreach_lerp_(self.shards(average), now, 1.0 - decay)
+        """ema <- decay * ema + (1 - decay) * model, in one fused call per copy and device. Averages in host memory
+        (``ema.device: cpu``) are up to date after ``settle`` only."""
+        now, averages = self.shards(self.model), [self.shards(a) for a in self.averages.values()]
+        if self.host is not None:
+            self.host.start(now, averages, decays)
+            return
+        for average, decay in zip(averages, decays, strict=True):
+            torch._foreach_lerp_(average, now, 1.0 - decay)
+
+    def settle(self) -> None:
+        """Wait until the averages take in the last update."""
+        if self.host is not None:
+            self.host.wait()
+
+    @contextmanager
+    def evaluating(self, name: str) -> Iterator[nn.Module]:
+        """The average called ``name``, up to date and callable on the device."""
+        self.settle()
+        yield self.averages[name]
 
     def shards(self, wrapped: nn.Module) -> list[torch.Tensor]:
         """This process's part of every parameter, in an order all copies share."""
         return list(wrapped.parameters())
 
-    def frozen(self, model: nn.Module) -> nn.Module:
-        """A further model that is only run (a teacher), spread over the processes as the averages are."""
+    def frozen(self, model: nn.Module, host: bool = False) -> nn.Module:
+        """A further model that is only run (an average, a teacher), spread over the processes as the weights are, or
+        where they are whole, whole; with ``host`` in host memory."""
         raise TypeError(f"{type(self).__name__} is no engine")
+
+    def _wrap_averages(self, averages: list[nn.Module]) -> None:
+        wrapped = [self.frozen(average, host=self.host is not None) for average in averages]
+        self.averages = dict(zip(self.names, wrapped, strict=True))
 
     def state(self) -> dict[str, Any]:
         """What torch.distributed.checkpoint writes and reads for this engine."""
         raise TypeError(f"{type(self).__name__} is no engine")
 
-    def save_own(self, folder: Path) -> None:
-        """Write into ``folder`` what the engine keeps in a format of its own; every process calls it."""
+    def save_own(self, folder: Path) -> Future | None:
+        """Copy what the engine keeps in a format of its own, and begin to write it into ``folder``; every process
+        calls it. Returns when that is written, None where there is nothing of the kind."""
 
     def load(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
         """Read ``checkpoint`` in place; every process calls it."""
@@ -97,14 +121,11 @@ class TorchEngine(Engine):
     ) -> None:
         super().__init__(config, world)
         self.model = self.wrap(model)
-        self.averages = {name: self.wrap(average) for name, average in zip(self.names, averages, strict=True)}
+        self._wrap_averages(averages)
         self.optimizer = build_optimizer(config, self.model.parameters())
 
     def wrap(self, model: nn.Module) -> nn.Module:
         raise TypeError(f"{type(self).__name__} is no engine")
-
-    def frozen(self, model: nn.Module) -> nn.Module:
-        return self.wrap(model.requires_grad_(False).eval())
 
     def clip(self, max_norm: float) -> torch.Tensor:
         return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
@@ -123,6 +144,7 @@ class TorchEngine(Engine):
         return norm
 
     def state(self) -> dict[str, Any]:
+        self.settle()
         averages = {name: get_model_state_dict(average) for name, average in self.averages.items()}
         return {
             "model": get_model_state_dict(self.model),

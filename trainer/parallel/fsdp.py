@@ -12,7 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from trainer.parallel.apply import checkpoint_blocks, compile_blocks
@@ -21,7 +27,12 @@ from trainer.parallel.world import World
 
 
 class FSDP(TorchEngine):
-    def wrap(self, model: nn.Module) -> FSDPModule:
+    def frozen(self, model: nn.Module, host: bool = False) -> FSDPModule:
+        # In host memory are shards; a forward pass takes one unit at a time to the device.
+        offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if host else None
+        return self.wrap(model.requires_grad_(False).eval(), offload)
+
+    def wrap(self, model: nn.Module, offload: OffloadPolicy | None = None) -> FSDPModule:
         """Activation checkpointing, compile, sharding and prefetch, in this order, innermost unit first."""
         # FSDP warns of outputs that are views, in case they are changed in place; the models never do that.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -35,16 +46,17 @@ class FSDP(TorchEngine):
             cast_forward_inputs=False,
         )  # fmt: skip
         exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        options = {"mesh": self.mesh, "offload_policy": offload or OffloadPolicy()}
         for block in model.backbone.blocks:
-            fully_shard(block, mesh=self.mesh, mp_policy=compute)
+            fully_shard(block, mp_policy=compute, **options)
         for unit in parts(model, "router", "residual_proj"):  # fp32 whatever the rest is (DC-DiT v2 §3.3)
-            fully_shard(unit, mesh=self.mesh, mp_policy=exact)
+            fully_shard(unit, mp_policy=exact, **options)
         for unit in parts(model, "encoder", "decoder"):
-            fully_shard(unit, mesh=self.mesh, mp_policy=compute)
+            fully_shard(unit, mp_policy=compute, **options)
         # The root, too, is sharded again after a forward: an evaluation has no backward that would do it.
-        fully_shard(model, mesh=self.mesh, mp_policy=compute, reshard_after_forward=True)
+        # (It moves buffers to the mesh's device, too.)
+        fully_shard(model, mp_policy=compute, reshard_after_forward=True, **options)
         prefetch(model)
-        model.to(self.world.device)  # buffers; parameters went to the mesh's device above
         return model
 
     @contextmanager
