@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from trainer.demo import descendants
+from tests.distributed.processes import ROOT, Processes
 from trainer.metrics import read_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "model.overrides={depth: 2}", "train.total_images=96", "train.global_batch_size=8", "train.precision=fp32",
     "train.tail_drop_after=32", "train.ratio_group=2", "optimizer.lr=1e-3", "optimizer.warmup_images=16",
@@ -34,36 +33,47 @@ def shards(tmp_path_factory) -> Path:
 
 
 class Runs:
-    """Starts ``trainer/train.py`` on ``shards`` in its own folder; see the methods."""
+    """Runs of the trainer on ``shards``, each in its own folder; see the methods."""
 
     def __init__(self, shards: Path, folder: Path) -> None:
         self.shards, self.folder = shards, folder
 
-    def command(self, name: str, processes: int, *overrides: str, fault: str | None = None) -> list[str]:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    def arguments(self, name: str, *overrides: str, config: str = "configs/recipe/demo.yaml") -> list[str]:
         return [
-            sys.executable, *(launcher if processes > 1 else []),
-            "tests/distributed/faulty.py" if fault else "trainer/train.py", "--device", "cpu",
-            "--config", "configs/recipe/demo.yaml", *SMALL, f"data.path={self.shards}",
+            "--device", "cpu", "--config", config, *SMALL, f"data.path={self.shards}",
             f"run.dir={self.folder / name}", *overrides,
         ]  # fmt: skip
 
-    def start(self, name: str, processes: int, *overrides: str, fault: str | None = None) -> subprocess.Popen:
-        """``fault``: see tests/distributed/faulty.py."""
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault or ""}
+    def start(
+        self, name: str, processes: int, *overrides: str, fault: str | None = None, torchrun: bool = False
+    ) -> Processes | subprocess.Popen:
+        """``fault``: see tests/distributed/faulty.py. With ``torchrun`` by that launcher, else forked."""
+        arguments = self.arguments(name, *overrides)
+        if not torchrun:
+            return Processes(processes, arguments, self.folder / f"{name}.log", fault or "")
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         return subprocess.Popen(
-            self.command(name, processes, *overrides, fault=fault), cwd=ROOT, env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, *launcher, "trainer/train.py", *arguments], cwd=ROOT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def run(
-        self, name: str, processes: int, *overrides: str, status: int = 0, fault: str | None = None
-    ) -> str:
+        self, name: str, processes: int, *overrides: str, status: int = 0, fault: str | None = None,
+        torchrun: bool = False,
+    ) -> str:  # fmt: skip
         """Run to the end; returns the output after checking the exit status."""
-        process = self.start(name, processes, *overrides, fault=fault)
+        process = self.start(name, processes, *overrides, fault=fault, torchrun=torchrun)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == status, output
         return output
+
+    def until(self, process: Processes, condition: Callable[[], bool], seconds: float = 240) -> None:
+        """Wait until ``condition`` holds while ``process`` runs."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
 
     def kill_at(
         self, name: str, images: int, processes: int, *overrides: str, delay: float = 0.0,
@@ -71,22 +81,9 @@ class Runs:
     ) -> None:  # fmt: skip
         """SIGKILL every process of the run once ``images`` are logged (and ``delay`` seconds later)."""
         process = self.start(name, processes, *overrides, fault=fault)
-        deadline = time.monotonic() + 240
-        while self.images(name) < images:
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        self.until(process, lambda: self.images(name) >= images)
         time.sleep(delay)
-        self.kill(process)
-
-    def kill(self, process: subprocess.Popen) -> None:
-        """SIGKILL the launcher and everything it started."""
-        for pid in [process.pid, *descendants(process.pid)]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        process.communicate(timeout=60)
+        process.kill()
 
     def images(self, name: str) -> int:
         return max((row["images"] for row in read_rows(self.folder / name)), default=-1)

@@ -1,24 +1,35 @@
-"""trainer/train.py with a fault, on the last rank only, for the steps that begin at images FIRST up to LAST.
+"""A trainer with a fault, on the last rank only, for the steps that begin at images FIRST up to LAST.
 
-FAULT=nan:24-48 makes the loss NaN; FAULT=inf-gradient:24-48 a gradient infinite under a finite loss;
-FAULT=high:24-48 adds 100 to the loss; FAULT=disk:24-48 lets that rank's disk run full while it writes a checkpoint.
+nan:24-48 makes the loss NaN; inf-gradient:24-48 a gradient infinite under a finite loss; high:24-48 adds 100 to it;
+disk:24-48 lets that rank's disk run full while it writes its part of torch's checkpoint, own-disk:24-48 while it writes
+DeepSpeed's own files. And ``mark``: no fault, but RUN/evaluating exists while rank 0 evaluates.
 """
 
 import errno
 import os
-import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+import torch.distributed.checkpoint._storage_utils
+from torch.distributed.checkpoint import FileSystemWriter, filesystem
 
-import torch.distributed.checkpoint._storage_utils  # noqa: E402
-from torch.distributed.checkpoint import FileSystemWriter, filesystem  # noqa: E402
+import trainer.loop
 
-import trainer.loop  # noqa: E402
-from trainer import train  # noqa: E402
+KIND, FIRST, LAST = "", 0, 0
 
-KIND, _, SPAN = os.environ["FAULT"].partition(":")
-FIRST, LAST = (int(number) for number in SPAN.split("-"))
+
+def install(fault: str) -> None:
+    """Make ``fault`` ("KIND:FIRST-LAST" or "mark") part of every run of this process."""
+    global KIND, FIRST, LAST
+    KIND, _, span = fault.partition(":")
+    FIRST, LAST = (int(number) for number in span.split("-")) if span else (0, 0)
+    trainer.loop.Trainer = Faulty
+    if KIND == "disk":
+        torch.distributed.checkpoint._storage_utils.FileSystemWriter = FullDisk
+        filesystem.FileSystemWriter = FullDisk
+    if KIND == "own-disk":
+        from trainer.parallel import deepspeed_writer
+
+        deepspeed_writer.write = full_disk(deepspeed_writer.write)
 
 
 class FullDisk(FileSystemWriter):
@@ -32,11 +43,20 @@ class FullDisk(FileSystemWriter):
         return super().write_data(*args, **kwargs)
 
 
+def full_disk(write):
+    def fails(*args):
+        if FullDisk.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*args)
+
+    return fails
+
+
 class Faulty(trainer.loop.Trainer):
     def predict(self, model, batch, tail_drop):
         out, terms, t = super().predict(model, batch, tail_drop)
         last = self.world.rank == self.world.size - 1
-        FullDisk.full = KIND == "disk" and last and FIRST <= self.position < LAST
+        FullDisk.full = KIND.endswith("disk") and last and FIRST <= self.position < LAST
         if FIRST <= self.position < LAST and last and self.model.training:
             total = terms.total
             if KIND == "nan":
@@ -48,10 +68,10 @@ class Faulty(trainer.loop.Trainer):
             terms = terms._replace(total=total)
         return out, terms, t
 
-
-if __name__ == "__main__":
-    trainer.loop.Trainer = Faulty
-    if KIND == "disk":
-        torch.distributed.checkpoint._storage_utils.FileSystemWriter = FullDisk
-        filesystem.FileSystemWriter = FullDisk
-    sys.exit(train.main())
+    def evaluate(self):
+        mark = Path(self.config.run.dir, "evaluating")
+        if KIND == "mark" and self.world.main:
+            mark.touch()
+        super().evaluate()
+        if KIND == "mark" and self.world.main:
+            mark.unlink()

@@ -1,5 +1,6 @@
 """A run that is killed or stopped and started again by the same command ends with the same bits."""
 
+import math
 import os
 import random
 import signal
@@ -23,8 +24,9 @@ ENGINES = {
     "zero2": ["parallel.engine=deepspeed", "parallel.zero_stage=2"],
     "zero3": ["parallel.engine=deepspeed", "parallel.zero_stage=3", "ema.decay=[0.9,0.5]", *DRAWN],
 }
-# Random moments at which the suite kills, dealt over the engines; the heavy version sets it to 20 and more.
-KILLS = int(os.environ.get("DCDIT_KILLS", "6"))
+# Random moments at which the suite kills, dealt over the engines.
+KILLS = int(os.environ.get("DCDIT_KILLS", "20"))
+MOMENTS = ("step", "save", "evaluation", "step", "start")
 
 
 @pytest.fixture(scope="module")
@@ -46,31 +48,73 @@ def drawn(runs, name: str) -> dict[int, tuple[float, float]]:
     return {row["images"]: (row["frechet_offline"], row["drawn_retained_share"]) for row in rows}
 
 
+def evaluated(runs, name: str) -> list[dict]:
+    """The rows of evaluations, without what clocks say."""
+    clocks = ("drawn_seconds", "drawn_images_per_s")
+    return [{k: v for k, v in row.items() if k not in clocks} for row in runs.rows(name, evaluation=True)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("attempt", range(KILLS))
-def test_sigkill_at_a_random_moment_then_the_same_command_gives_the_same_bits(runs, whole, attempt):
-    engine = list(ENGINES)[attempt % len(ENGINES)]
-    dice = random.Random(attempt)
-    # From within a step over a save and an evaluation (both at 48) to the last steps.
-    images, delay = 8 * dice.randrange(1, 11), dice.random() * 0.3
-    name = f"killed-{engine}-{attempt}"
-    runs.kill_at(name, images, 2, *ENGINES[engine], delay=delay)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sigkill_at_random_moments_then_the_same_command_gives_the_same_bits(
+    runs, whole, engine, record_property
+):
+    """One run, killed again and again: in a step, in a save, in an evaluation, at the start; then left to end."""
+    name, dice, struck = f"killed-{engine}", random.Random(f"kills of {engine}"), []
+    for attempt in range(math.ceil(KILLS / len(ENGINES))):
+        struck.append(_strike(runs, name, ENGINES[engine], MOMENTS[attempt % len(MOMENTS)], dice))
+        saved, kept = runs.latest(name), runs.folder / name / "checkpoints"
+        assert saved < 0 or (kept / f"{saved:012d}" / "COMPLETE").is_file(), struck
     saved = runs.latest(name)
     output = runs.run(name, 2, *ENGINES[engine])
-    assert (f"{saved:012d}" in output and "resumed from" in output) or saved < 0 or "complete at" in output
+    record_property("killed in", struck)
+    assert (f"{saved:012d}" in output and "resumed from" in output) or saved < 0, struck
     assert_same_bits(runs.state(whole(engine)), runs.state(name))
     assert runs.losses(name) == runs.losses(whole(engine)), "every step once in metrics.jsonl, the same loss"
-    assert drawn(runs, name) == drawn(runs, whole(engine))
     assert (len(drawn(runs, name)) == 2) == ("eval.samples=4" in ENGINES[engine])
+    assert evaluated(runs, name) == evaluated(runs, whole(engine)), "and every evaluation"
+    assert set(struck) - {"step", "start", "end"}, f"no save and no evaluation was hit: {struck}"
+
+
+def _strike(runs, name: str, settings: list[str], moment: str, dice: random.Random) -> str:
+    """Start (or go on with) the run and kill it at a random point of ``moment``, some steps on; where it was hit."""
+    folder, latest = runs.folder / name, max(0, runs.latest(name))
+    target = latest + 8 * dice.randrange(1, 4)  # images
+    (folder / "evaluating").unlink(missing_ok=True)
+    reached = {
+        "step": lambda: runs.images(name) >= target,
+        "save": lambda: any(folder.glob("checkpoints/.writing-*")),
+        "evaluation": lambda: (folder / "evaluating").exists(),
+        "start": lambda: True,
+    }[moment]
+    process = runs.start(name, 2, *settings, fault="mark")
+    if moment == "start":
+        time.sleep(dice.random() * 2)
+    # Once it has said what it goes on from, nothing of the killed one before lies about any more.
+    while process.poll() is None and moment != "start":
+        if "steps to go" in process.output() and reached():
+            time.sleep(dice.random() * (0.2 if moment == "step" else 0.02))
+            break
+        time.sleep(0.001)
+    ended = process.poll()
+    process.kill()
+    assert ended in (None, 0), process.output()
+    if ended == 0:
+        return "end"
+    if "steps to go" not in process.output():
+        return "start"
+    if any(folder.glob("checkpoints/.writing-*")):
+        return "save"
+    if (folder / "evaluating").exists():
+        return "evaluation"
+    return "step"
 
 
 def test_a_kill_in_the_middle_of_a_save_loses_nothing_and_is_settled(runs, whole):
     name, checkpoints = "half-written", runs.folder / "half-written" / "checkpoints"
     process = runs.start(name, 2, *ENGINES["fsdp"])
-    while not any(checkpoints.glob(".writing-000000000072/*.distcp")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.001)
-    runs.kill(process)
+    runs.until(process, lambda: any(checkpoints.glob(".writing-000000000072/*.distcp")))
+    process.kill()
     saved = runs.latest(name)
     assert saved in (48, 72), "the one before stays until the new one is whole"
     if saved == 48:  # the kill may have come a moment late; a file cut short stands for it then
@@ -85,9 +129,7 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing_and_is_settled(runs, whole
 def test_stopping_while_a_save_is_under_way_finishes_both(runs):
     process = runs.start("stopped-in-save", 1, *ENGINES["fsdp"])
     checkpoints = runs.folder / "stopped-in-save" / "checkpoints"
-    while not any(checkpoints.glob(".writing-*")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.001)
+    runs.until(process, lambda: any(checkpoints.glob(".writing-*")))
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_STOPPED, output
@@ -96,13 +138,17 @@ def test_stopping_while_a_save_is_under_way_finishes_both(runs):
     assert runs.latest("stopped-in-save") == runs.images("stopped-in-save")
 
 
-def test_a_disk_that_runs_full_during_a_save_ends_the_run_with_one_line_and_loses_nothing(runs, whole):
-    output = runs.run("full", 2, *ENGINES["fsdp"], fault="disk:40-56", status=1)  # torchrun's own 1
-    line = next(line for line in output.splitlines() if line.startswith("error: "))
-    assert line.startswith("error: checkpoint: cannot write to") and "No space left on device" in line
-    assert runs.latest("full") == 24
-    runs.run("full", 2, *ENGINES["fsdp"])
-    assert_same_bits(runs.state(whole("fsdp")), runs.state("full"))
+@pytest.mark.parametrize(("engine", "disk"), [("fsdp", "disk"), ("zero2", "own-disk")])
+def test_a_disk_that_runs_full_during_a_save_ends_the_run_with_one_line_and_loses_nothing(
+    runs, whole, engine, disk
+):
+    name = f"full-{engine}"
+    output = runs.run(name, 2, *ENGINES[engine], fault=f"{disk}:40-56", status=2)
+    line = next(line for line in output.splitlines() if line.startswith("error"))
+    assert ": checkpoint: cannot write to" in line and "No space left on device" in line
+    assert runs.latest(name) == 24
+    runs.run(name, 2, *ENGINES[engine])
+    assert_same_bits(runs.state(whole(engine)), runs.state(name))
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(runs):
@@ -161,9 +207,7 @@ def test_export_says_what_is_wrong(runs, whole, tmp_path, capsys):
 def test_a_signal_saves_at_the_step_boundary_and_exits_with_75(runs, number):
     name = f"signalled-{number.name}"
     process = runs.start(name, 1, "checkpoint.every=96")
-    while runs.images(name) < 16:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+    runs.until(process, lambda: runs.images(name) >= 16)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_STOPPED, output
@@ -176,14 +220,12 @@ def test_a_signal_saves_at_the_step_boundary_and_exits_with_75(runs, number):
 
 
 def test_torchrun_passes_sigterm_on_and_all_ranks_stop_at_the_same_step(runs):
-    process = runs.start("stopped", 2)
-    while runs.images("stopped") < 32:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+    process = runs.start("stopped", 2, torchrun=True)
+    runs.until(process, lambda: runs.images("stopped") >= 32)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert "stopped at" in output, output
-    runs.run("stopped", 2)
+    runs.run("stopped", 2, torchrun=True)
     assert runs.images("stopped") == 96
 
 
@@ -224,7 +266,7 @@ def test_wrong_bytes_in_a_checkpoint_and_a_total_already_passed(runs):
 
 
 def test_torchrun_shows_the_one_line_first_and_fails(runs):
-    output = runs.run("typo", 2, "train.globl_batch_size=8", status=1)
+    output = runs.run("typo", 2, "train.globl_batch_size=8", status=1, torchrun=True)
     lines = [line for line in output.splitlines() if line.startswith("error")]
     assert lines == [lines[0]] and "did you mean 'train.global_batch_size'?" in lines[0]
 
