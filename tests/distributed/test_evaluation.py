@@ -5,7 +5,6 @@ import contextlib
 import io
 import json
 import signal
-import subprocess
 
 import pytest
 
@@ -26,15 +25,9 @@ def stopped(runs):
     """A run with drawing that a signal stopped in the middle of the first drawing, not yet started again."""
     slow = [word.replace("eval.steps=6", "eval.steps=1000") for word in DRAWN]
     process = runs.start("drawn", 2, *slow)
-    for line in process.stdout:
-        if "drawing 12 pictures" in line:  # thousands of model calls would follow
-            process.send_signal(signal.SIGTERM)
-            break
-    try:
-        process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        runs.kill(process)
-        pytest.fail("the signal was not seen while drawing")
+    runs.until(process, lambda: "drawing 12 pictures" in process.output())
+    process.send_signal(signal.SIGTERM)  # thousands of model calls would follow
+    process.communicate(timeout=120)
     assert process.returncode != 0
     return "drawn"
 
@@ -112,8 +105,7 @@ def test_one_process_and_dcdit_evaluate_measure_the_same(runs, drawn):
 def test_bad_keys_are_one_line_before_anything_runs(runs, override, words):
     from trainer.train import main
 
-    command = runs.command("bad", 1, *DRAWN, override)[2:]
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        assert main(command) == 2
+        assert main(runs.arguments("bad", *DRAWN, override)) == 2
     assert words in said.getvalue() and said.getvalue().count("\n") == 1
     assert not (runs.folder / "bad").exists()

@@ -44,8 +44,7 @@ class Here(Runs):
     def run(
         self, name: str, processes: int, *overrides: str, status: int = 0, fault: str | None = None
     ) -> str:
-        command = self.command(name, 1, *overrides)
-        assert processes == 1 and upcycle(command[2:]) == status
+        assert processes == 1 and upcycle(self.arguments(name, *overrides)) == status
         return ""
 
 
