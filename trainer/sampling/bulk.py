@@ -133,8 +133,13 @@ class Bulk:
         """Tars, npz or list of labels, and the record; False when a signal came."""
         world, store = self.world, self.store
         world.barrier()  # every finished batch is on the disk
-        noticed = lambda: self.stop.received is not None  # noqa: E731
-        entries = store.assemble(self.labels, self.source.class_names, world.rank, world.size, noticed)
+        entries = store.assemble(
+            self.labels,
+            self.source.class_names,
+            world.rank,
+            world.size,
+            lambda: self.stop.received is not None,
+        )
         every = [entry for part in world.gather(entries) for entry in part]
         if self.stop.agreed(world):
             return False

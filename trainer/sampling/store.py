@@ -58,8 +58,10 @@ class Store:
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise UserError(f"--to: {self.folder} is not empty and has no {RECORD}; take another folder")
         self.parts.mkdir(parents=True, exist_ok=True)
-        for left in self.parts.glob(".*"):
+        for left in (*self.parts.glob(".*"), *self.folder.glob(".*.part")):  # of killed processes
             left.unlink()
+        for left in self.folder.glob(".part.*"):
+            shutil.rmtree(left, ignore_errors=True)
         _write_json(file, record | {"complete": False})
         return False
 
