@@ -38,25 +38,34 @@ from trainer.metrics import read_rows
 from trainer.upcycle import read_teacher_config
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH, EVERY = 16, 30  # images a step, steps between evaluations
+BATCH, EVERY = 16, 60  # images a step, steps between evaluations
 COMMON = [
     f"train.global_batch_size={BATCH}", "train.precision=fp32", "train.tail_drop=[0.0]", "parallel.engine=ddp",
     "optimizer.lr=5e-4", "optimizer.warmup_images=320", "ema.decay=0.98", "log.every=5", "log.tensorboard=false",
     f"eval.every={BATCH * EVERY}", "eval.count=144", "eval.batch_size=36", f"checkpoint.every={BATCH * EVERY}",
     "checkpoint.keep_last=1", "data.num_workers=0",
 ]  # fmt: skip
-# name in the table: steps and what is different; the teacher first
-BLOCKS = "upcycle.distill=blocks"
+STEPS = 1200
+
+
+def following(distill: str, steps: int, *more: str) -> list[str]:
+    """Overrides of a run with `steps` steps of distillation."""
+    return [f"upcycle.distill={distill}", f"upcycle.distill_images={steps * BATCH}", *more]
+
+
+# name in the table, steps and what is different; the teacher first
 RUNS: dict[str, tuple[str, int, list[str]]] = {
     "teacher": ("DiT-Ti/2, the teacher", 3000, ["model.preset=DiT-Ti/2"]),
-    "scratch": ("from scratch", 480, []),
-    "plain": ("upcycled, no distillation", 480, ["upcycle.distill=none"]),
-    "blocks": ("upcycled, blocks beside the diffusion loss", 480, [BLOCKS]),
-    "pure": ("upcycled, blocks alone", 480, [BLOCKS, "upcycle.diffusion_weight=0"]),
-    "hybrid": ("upcycled, hybrid", 480, ["upcycle.distill=hybrid"]),
-    "pixels": ("blocks, positions in pixels", 480, [BLOCKS, "model.overrides={position_stride: 1}"]),
+    "scratch": ("from scratch", STEPS, []),
+    "blocks": ("upcycled, blocks for 120 steps", STEPS, following("blocks", 120)),
+    "plain": ("upcycled, no distillation", STEPS, ["upcycle.distill=none"]),
+    "hybrid": ("upcycled, hybrid for 120 steps", STEPS, following("hybrid", 120)),
+    "pure": (
+        "upcycled, blocks alone for 120 steps",
+        STEPS,
+        following("blocks", 120, "upcycle.diffusion_weight=0"),
+    ),
 }
-STAGE = 60  # steps of distillation
 
 
 def command(name: str, to: Path, data: str) -> list[str]:
@@ -66,7 +75,6 @@ def command(name: str, to: Path, data: str) -> list[str]:
     if upcycled:
         overrides = [
             f"upcycle.teacher={to / 'teacher'}",
-            f"upcycle.distill_images={STAGE * BATCH}",
             *overrides,
         ]
     return [

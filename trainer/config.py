@@ -89,6 +89,7 @@ class UpcycleConfig:
     noise_weight: float = 0.5
     variance_weight: float = 0.05
     diffusion_weight: float = 1.0
+    ratio_weight: float = 0.3
 
 
 @dataclass
@@ -223,7 +224,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "data.num_workers", "data.max_errors", "train.ratio_weight", "train.tail_drop_after", "optimizer.weight_decay",
     "optimizer.warmup_images", "run.seed", "eval.samples", "upcycle.distill_images", "upcycle.block_weight",
-    "upcycle.noise_weight", "upcycle.variance_weight", "upcycle.diffusion_weight",
+    "upcycle.noise_weight", "upcycle.variance_weight", "upcycle.diffusion_weight", "upcycle.ratio_weight",
 )  # fmt: skip
 
 

@@ -172,9 +172,11 @@ class Trainer:
         return {"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}}
 
     def objective(
-        self, out: Any, terms: Any, diffusion_weight: float = 1.0
+        self, out: Any, terms: Any, diffusion_weight: float = 1.0, ratio_weight: float | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of a micro-batch, and its parts for the log, unweighted."""
+        """The loss of a micro-batch, and its parts for the log, unweighted. ``ratio_weight``: None for
+        ``train.ratio_weight``."""
+        ratio_weight = self.config.train.ratio_weight if ratio_weight is None else ratio_weight
         diffusion = terms.total.mean()
         loss, routing = diffusion * diffusion_weight, out.routing
         parts = {"loss_diffusion": diffusion, "loss_mse": terms.mse.mean(), "loss_vlb": terms.vlb.mean()}
@@ -185,7 +187,7 @@ class Trainer:
                 self.config.model.target_ratio,
                 self.config.train.ratio_group,
             )
-            loss = loss + self.config.train.ratio_weight * ratio
+            loss = loss + ratio_weight * ratio
             parts |= {
                 "loss_ratio": ratio,
                 "natural": routing.natural.sum(),

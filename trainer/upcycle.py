@@ -307,7 +307,8 @@ class UpcycleTrainer(Trainer):
             wanted, _, _ = self.predict(self.teacher, batch, 0.0)
         with self.blocks.collect(follow) as outputs:
             out, terms, _ = self.predict(self.model, batch, tail_drop)
-        loss, parts = self.objective(out, terms, self.config.upcycle.diffusion_weight)
+        options = self.config.upcycle
+        loss, parts = self.objective(out, terms, options.diffusion_weight, options.ratio_weight)
         for weight, name, value in self._distill(out, wanted, outputs, targets):
             loss = loss + weight * value
             parts[name] = value
