@@ -38,14 +38,14 @@ from trainer.metrics import read_rows
 from trainer.upcycle import read_teacher_config
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH, EVERY = 16, 60  # images a step, steps between evaluations
+BATCH, EVERY, SIZE = 16, 60, 16  # images a step, steps between evaluations, pixels
 COMMON = [
     f"train.global_batch_size={BATCH}", "train.precision=fp32", "train.tail_drop=[0.0]", "parallel.engine=ddp",
     "optimizer.lr=5e-4", "optimizer.warmup_images=320", "ema.decay=0.98", "log.every=5", "log.tensorboard=false",
     f"eval.every={BATCH * EVERY}", "eval.count=144", "eval.batch_size=36", f"checkpoint.every={BATCH * EVERY}",
     "checkpoint.keep_last=1", "data.num_workers=0",
 ]  # fmt: skip
-STEPS = 1200
+STEPS = 960
 
 
 def following(distill: str, steps: int, *more: str) -> list[str]:
@@ -66,11 +66,23 @@ RUNS: dict[str, tuple[str, int, list[str]]] = {
         following("blocks", 120, "upcycle.diffusion_weight=0"),
     ),
 }
+# Sixty steps of distillation each, with one decision undone.
+PROBES: dict[str, tuple[str, int, list[str]]] = {
+    "as-is": ("as it is", 60, following("blocks", 60)),
+    "ratio": (
+        "ratio loss at its usual weight, 0.03",
+        60,
+        following("blocks", 60, "upcycle.ratio_weight=0.03"),
+    ),
+    "pixels": ("positions in pixels", 60, following("blocks", 60, "model.overrides={position_stride: 1}")),
+    "unadapted": ("no adaptor", 60, following("blocks", 60, "model.overrides={cond_adaptor: false}")),
+}
+EVERYTHING = RUNS | PROBES
 
 
 def command(name: str, to: Path, data: str) -> list[str]:
     """The command line of a run; the same one starts it and goes on with it."""
-    _, steps, overrides = RUNS[name]
+    _, steps, overrides = EVERYTHING[name]
     upcycled = any("upcycle." in override for override in overrides)
     if upcycled:
         overrides = [
@@ -86,7 +98,7 @@ def command(name: str, to: Path, data: str) -> list[str]:
 
 def complete(name: str, to: Path) -> bool:
     latest = to / name / "checkpoints" / "latest"
-    return latest.is_file() and int(latest.read_text()) >= RUNS[name][1] * BATCH
+    return latest.is_file() and int(latest.read_text()) >= EVERYTHING[name][1] * BATCH
 
 
 def train(name: str, to: Path, data: str, seconds: float) -> bool:
@@ -167,13 +179,40 @@ def markdown(rows: list[dict[str, Any]], curves: dict[str, list[dict[str, float]
     return "\n".join(lines)
 
 
+def first_steps(to: Path) -> list[dict[str, Any]]:
+    """What the probes had come to at their end: means of the last log row, raw weights on held-out images."""
+    rows = []
+    for name, (label, steps, _) in PROBES.items():
+        logged = [row for row in read_rows(to / name) if row["step"] == steps]
+        if len(logged) == 2:  # the last steps, and the evaluation
+            step, evaluation = sorted(logged, key=lambda row: bool(row.get("eval")))
+            share = step["tokens"] / BATCH / (SIZE * SIZE)
+            rows.append({"probe": label, "loss_blocks": step["loss_blocks"], "kept": share})
+            rows[-1]["mse"] = evaluation["heldout_mse_raw"]
+    return rows
+
+
+def markdown_of_probes(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| 60 steps of distillation | error of block outputs | tokens kept | held-out mse |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(f"| {row['probe']} | {row['loss_blocks']:.3f} | {row['kept']:.0%} | {row['mse']:.3f} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     text = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text.add_argument("--to", type=Path, default=Path("runs/upcycling"))
     text.add_argument("--data", default="runs/photos16", help="made by `dcdit prepare photos`")
     text.add_argument("--minutes", type=float, default=1e9, help="stop and save after this time")
     text.add_argument(
-        "--runs", nargs="*", choices=list(RUNS), default=list(RUNS), help="which; the teacher comes first"
+        "--runs",
+        nargs="*",
+        choices=list(EVERYTHING),
+        default=list(EVERYTHING),
+        help="which; the teacher comes first",
     )
     text.add_argument("--table", action="store_true", help="only the table of what there is")
     arguments = text.parse_args()
@@ -187,12 +226,13 @@ def main() -> int:
             break
     curves = {name: curve(name, arguments.to) for name in RUNS if read_rows(arguments.to / name)}
     rows = summary(curves)
-    table = markdown(rows, curves)
+    probes = first_steps(arguments.to)
+    table = markdown(rows, curves) + "\n\n" + markdown_of_probes(probes)
     machine = {"machine": platform.machine(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     arguments.to.mkdir(parents=True, exist_ok=True)
     (arguments.to / "upcycling.md").write_text(table + "\n")
     (arguments.to / "upcycling.json").write_text(
-        json.dumps(machine | {"rows": rows, "curves": curves}, indent=1) + "\n"
+        json.dumps(machine | {"rows": rows, "curves": curves, "probes": probes}, indent=1) + "\n"
     )
     print(f"{machine['machine']}, torch {machine['torch']}, {machine['date']}\n\n{table}")
     if unfinished:
