@@ -119,6 +119,12 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         UserError: a change that the saved state cannot go on with.
     """
     before = flatten(Config()) | before  # keys that came after the checkpoint have their defaults
+    teachers = [flat.get("upcycle.teacher") for flat in (before, now)]
+    if (teachers[0] is None) != (teachers[1] is None):
+        raise UserError(
+            f"upcycle.teacher: {teachers[1]}, but the checkpoint was made with {teachers[0]}; "
+            "set it back, or start another run with another run.dir"
+        )
     fixed = ("model.", "diffusion.", "train.global_batch_size", "run.seed", "upcycle.freeze_embedders")
     free = ("model.router_start", "model.packing", "model.capacity_factor", "diffusion.time_sampling")
     changed = [k for k in now if k in before and before[k] != now[k]]
@@ -133,12 +139,6 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
                 f"{key}: {now[key]!r}, but the checkpoint was made with {before[key]!r}; "
                 "set it back, or start another run with another run.dir"
             )
-    teachers = [flat.get("upcycle.teacher") for flat in (before, now)]
-    if (teachers[0] is None) != (teachers[1] is None):
-        raise UserError(
-            f"upcycle.teacher: {teachers[1]}, but the checkpoint was made with {teachers[0]}; "
-            "set it back, or start another run with another run.dir"
-        )
     had, wanted = ema_names(before.get("ema.decay")), ema_names(now["ema.decay"])
     if not set(wanted) <= set(had):
         raise UserError(
