@@ -18,14 +18,14 @@ ENGINES = {
 }
 WAYS = {
     "plain": [],
-    "accumulate": ["train.micro_batch_size=2"],
+    "accumulate": [],  # see the test
     "recompute": ["parallel.activation_checkpointing=block"],
     "selective": ["parallel.activation_checkpointing=selective"],
     # Room for every token (4 times 1/N): what fits is the same whatever the micro-batch.
     "capacity": ["model.packing=capacity", "model.capacity_factor=4"],
     "workers": ["data.num_workers=2"],
 }
-WAYS["together"] = [*WAYS["accumulate"], *WAYS["recompute"], *WAYS["capacity"]]
+WAYS["together"] = [*WAYS["recompute"], *WAYS["capacity"]]
 ALL = ("plain", "accumulate", "recompute", "capacity", "together")
 LAYOUTS = [(engine, way) for engine in ENGINES for way in ALL] + [
     ("fsdp-2", "selective"),
@@ -40,12 +40,14 @@ def reference(runs):
 
 
 @pytest.mark.parametrize(("engine", "way"), LAYOUTS)
-def test_equal_losses(runs, reference, engine, way, record_property):
+def test_equal_losses(runs, reference, engine, way):
     losses, evaluations = reference
     processes, overrides = ENGINES[engine]
+    if way in ("accumulate", "together"):
+        overrides = [*overrides, f"train.micro_batch_size={8 // processes}"]  # twice per step
     name = f"{engine}-{way}"
     runs.run(name, processes, *STEPS, *overrides, *WAYS[way])
-    record_property("off by", max(abs(a - b) for a, b in zip(runs.losses(name), losses, strict=True)))
+    print("off by at most", max(abs(a - b) for a, b in zip(runs.losses(name), losses, strict=True)))
     assert len(losses) == 20 and runs.losses(name) == pytest.approx(losses, abs=TOLERANCE)
     assert losses[-1] < 0.97 * losses[0], "it has to learn something for this to mean something"
     if "model.packing=capacity" in WAYS[way]:
