@@ -90,7 +90,7 @@ def _table(curve: dict[str, Any]) -> str:
     columns = [
         ("tokens kept", "retained_share", lambda v: f"{v:.1%}"), ("GFLOPs", "gflops_per_image", short),
         ("images/s", "images_per_s", lambda v: f"{v:.3g}"), ("Fréchet", "frechet", lambda v: f"{v:.4g}"),
-        ("held-out error", "heldout_mse", lambda v: f"{v:.4f}"),
+        ("held-out error", "heldout_mse", lambda v: f"{v:.4g}"),
     ]  # fmt: skip
     shown = [c for c in columns if any(_number(row.get(c[1])) for row in curve["rows"])]
     lines = []
