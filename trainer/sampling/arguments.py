@@ -95,7 +95,7 @@ def add_sampler_flags(text: argparse.ArgumentParser, rho: bool = True) -> None:
         help="hold the clean image foreseen at each step within the pixels' range (default: for pixels)",
     )
     add("--teacache", type=float, metavar="T", help="leave the backbone out while its input changed by less than this "
-        "since it last ran, relatively: 0.03 a little, 0.1 much (default: never)")  # fmt: skip
+        "since it last ran, relatively: 0.03 a little, 0.3 much (default: never)")  # fmt: skip
     add = text.add_argument_group("guidance").add_argument
     add("--guidance", type=float, default=1.0, metavar="S",
         help="classifier-free guidance; 1 is none (default: 1)")  # fmt: skip
