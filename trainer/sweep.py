@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from model.errors import UserError
-from trainer.elastic import BINS, Calibration, TailDrop, calibration_file, has_router
+from trainer.elastic import BINS, Calibration, Cost, TailDrop, calibration_file, has_router
 from trainer.sampling.arguments import add_model_flags, add_sampler_flags, check, load_guide, settings_from
 
 RHOS = "0,0.1,0.2,0.3,0.4,0.5,0.6"
@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
                 "--checkpoint: this model has no router, so there is no rho to sweep; --tail-drop 0 gives its one point"
             )
         sweep = Sweep(args, source, load_guide(args, source, device), world)
-        if args.calibrate or (routed and not calibration_file(source.path).is_file()):
+        known = world.broadcast(calibration_file(source.path).is_file())
+        if args.calibrate or (routed and not known):
             sweep.calibrate()
         if not args.calibrate:
             sweep.run(rhos.values)
@@ -178,10 +179,16 @@ class Sweep:
         kept, gflops = (np.concatenate([part[k] for part in every]) for k in (0, 1))
         row = {
             "tail_drop": rho, "retained_share": round(float(kept.mean()), 6),
-            "gflops_per_image": round(float(gflops.mean()), 6),
+            "gflops_per_image": round(float(gflops.mean()), 6), "gflops_foreseen": self._foresee(settings),
             "images_per_s": round(args.num / max(part[2] for part in every), 4), "frechet": None, "heldout_mse": None,
         }  # fmt: skip
         return row, None if seen is None else seen.reduce(world.control)
+
+    def _foresee(self, settings: Any) -> float | None:
+        """What `--budget` would have expected of these settings; None where it cannot tell."""
+        if self.guide is not None or settings.teacache is not None or not has_router(self.source):
+            return None
+        return round(Cost(self.source, settings, Calibration.of(self.source)).gflops(), 6)
 
     def _real(self) -> tuple[Any, Any]:
         """The feature set and the moments of the held-out pictures; (None, None) with --features none."""

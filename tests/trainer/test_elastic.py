@@ -276,6 +276,7 @@ def test_sweep_writes_the_curve(trained, monkeypatch, capsys):
         values = [row[key] for row in rows]
         assert values == sorted(values, reverse=falls)
     assert all(row["frechet"] > 0 and row["heldout_mse"] > 0 and row["images_per_s"] > 0 for row in rows)
+    assert all(row["gflops_foreseen"] == pytest.approx(row["gflops_per_image"], rel=0.04) for row in rows)
     printed = capsys.readouterr().out
     assert (trained / "elastic.md").read_text().strip() in printed
     picture = ElementTree.parse(trained / "elastic.svg").getroot()
