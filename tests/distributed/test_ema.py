@@ -93,6 +93,7 @@ def test_on_a_gpu_averages_stay_in_pinned_memory_and_give_the_same(shards, tmp_p
     last = {}
     for device in ("auto", "cpu"):
         run = [f"data.path={shards}", f"run.dir={tmp_path / device}", f"ema.device={device}"]
+        run += ["eval.samples=4", "eval.steps=2"]  # drawing runs on the device, wherever the averages are
         config = load_config("configs/recipe/demo.yaml", [*SMALL, *SHORT, *ENGINES[engine], *run])
         world = open_world(10, "cuda")
         try:

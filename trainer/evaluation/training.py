@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
+from model.diffusion.solvers import SOLVERS, require_diffusers
 from model.errors import UserError
 from trainer import pictures
-from trainer.config import Config
+from trainer.config import Config, EvalConfig
 from trainer.data import Manifest, open_data
 from trainer.drawing import Settings, Source
+from trainer.elastic import call_times
 from trainer.evaluation import features
 from trainer.evaluation.collect import Collector, Stopped
 from trainer.evaluation.draw import Sink, draw
@@ -92,7 +94,8 @@ class Drawing:
                     options.reference, self.features, world, lambda: self._pictures(decode),
                     options.reference_count, options.batch_size, on_batch=poll,
                 )  # fmt: skip
-        source = Source(_Model(trainer.ema, trainer.sizes), self.process, self.train.manifest.to_dict())
+        model = _Model(trainer.ema, trainer.sizes)
+        source = Source(model, self.process, self.train.manifest.to_dict(), runs_on=world.device)
         found, sink = Collector(self.features, options.samples), Sink()
         labels = [k % source.num_classes for k in range(options.samples)]
         self.say(f"step {trainer.step}: drawing {options.samples} pictures to measure")
@@ -159,10 +162,7 @@ def check_drawing(config: Config, train: Any, process: Any, device: str = "cpu")
     options = config.eval
     if not options.samples:
         return
-    if options.method is not None and options.method not in process.methods:
-        raise UserError(
-            f"eval.method: {options.method} does not fit {process.kind} diffusion; use {', '.join(process.methods)}"
-        )
+    _check_sampler(options, process)
     with _named("eval.features, eval.weights: ", "features: "):
         found = features.load(options.features, options.weights, device)
     decode = decoder(find_vae(config, train.manifest, device))
@@ -176,6 +176,20 @@ def check_drawing(config: Config, train: Any, process: Any, device: str = "cpu")
                 f"eval.reference: its pictures are {sizes[0]}, the run's {sizes[1]}: offline features compare pictures "
                 "of one size"
             )
+
+
+def _check_sampler(options: EvalConfig, process: Any) -> None:
+    """What the sampler would refuse at the first picture."""
+    method = options.method or process.methods[0]
+    if method not in process.methods:
+        raise UserError(
+            f"eval.method: {method} does not fit {process.kind} diffusion; use {', '.join(process.methods)}"
+        )
+    with _named("eval.method: "):
+        if method in SOLVERS:
+            require_diffusers(method)
+    with _named("eval.steps: "):
+        call_times(process, options.steps, method)
 
 
 def find_vae(config: Config, manifest: Manifest, device: Any) -> Any:

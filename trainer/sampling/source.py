@@ -10,17 +10,19 @@ from typing import Any
 
 @dataclass
 class Source:
-    """A model ready to draw from, with what is known of its data."""
+    """A model ready to draw from, with what is known of its data. `runs_on`: the device that it computes on, where its
+    weights may lie elsewhere (averages of a run in host memory); None where that is where they are."""
 
     model: Any
     process: Any
     data: dict[str, Any]
     run: dict[str, Any] = field(default_factory=dict)
     path: Path = Path()
+    runs_on: Any = None
 
     @property
     def device(self):
-        return next(self.model.parameters()).device
+        return next(self.model.parameters()).device if self.runs_on is None else self.runs_on
 
     @property
     def num_classes(self) -> int:
@@ -55,10 +57,11 @@ def load_source(path: str | Path, device: str = "auto", heads: int | None = None
         folder = find_export(path)
         model, run = _exported(folder), _read_run(folder / "run.json")
         path = folder
-    return as_source(model.to(pick_device(device)), run, path)
+    device = pick_device(device)
+    return as_source(model.to(device), run, path, device)
 
 
-def as_source(model: Any, run: dict[str, Any], path: Path = Path()) -> Source:
+def as_source(model: Any, run: dict[str, Any], path: Path = Path(), runs_on: Any = None) -> Source:
     """`model`, in eval mode from now on, with what run.json says of it; what that leaves out is as DiT had it on
     ImageNet."""
     from model.diffusion import make_process
@@ -69,7 +72,7 @@ def as_source(model: Any, run: dict[str, Any], path: Path = Path()) -> Source:
         "kind": "pixels" if config.in_channels in (1, 3) else "latents",
         "scale": 0.18215,
     }
-    return Source(model.eval().requires_grad_(False), make_process(**kwargs), data, run, path)
+    return Source(model.eval().requires_grad_(False), make_process(**kwargs), data, run, path, runs_on)
 
 
 def pick_device(name: str):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,6 +143,48 @@ def test_what_the_reference_may_be(pixels, tmp_path, reference):
         assert part.run(trainer_at(16))["frechet_offline"] > 0
         assert part._reference.about["count"] == 5
         assert part._reference.about.get("split") == {"heldout": "heldout", "folder": "train"}.get(reference)
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "words"),
+    [
+        ("gaussian", ["eval.steps=1001"], "eval.steps: .*from 1 to 1000, got 1001"),
+        ("gaussian", ["eval.method=dpmpp2m", "eval.steps=1000"], "eval.steps: .*below 1000 with dpmpp2m"),
+        ("flow", ["eval.method=dpmpp2m"], "eval.method: .*dpmpp2m needs diffusers"),
+        ("flow", ["eval.method=ddpm"], "eval.method: ddpm does not fit flow"),
+    ],
+)
+def test_what_the_sampler_would_refuse_is_one_line_before_anything_runs(
+    pixels, tmp_path, monkeypatch, kind, overrides, words
+):
+    if "needs diffusers" in words:
+        for name in ("diffusers", "diffusers.schedulers"):
+            monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    elif "dpmpp2m" in words:
+        pytest.importorskip("diffusers")
+    config = config_for(pixels, tmp_path, *overrides)
+    with pytest.raises(UserError, match=words):
+        check_drawing(config, open_data(config.data), make_process(kind))
+
+
+class Sharded(torch.nn.Module):
+    """Its weights lie elsewhere than where it computes, as FSDP's do with averages in host memory."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.there = torch.nn.Parameter(torch.empty(1, device="meta"), requires_grad=False)
+        self.__dict__["whole"] = model  # no submodule: parameters() does not find it
+
+    def forward(self, *args, **kwargs):
+        return self.whole(*args, **kwargs)
+
+
+def test_weights_that_lie_elsewhere_draw_on_the_process_s_device(pixels, tmp_path):
+    with opened_world() as world:
+        plain, away = trainer_at(16), trainer_at(16)
+        away.ema = Sharded(away.ema)
+        rows = [drawing(config_for(pixels, tmp_path), world).run(trainer) for trainer in (plain, away)]
+    assert rows[0]["frechet_offline"] == rows[1]["frechet_offline"]
 
 
 def test_a_reference_of_another_size_is_one_line_before_anything_runs(pixels, tmp_path):
