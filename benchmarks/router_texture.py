@@ -49,6 +49,7 @@ class Dealt(nn.Module):
     def __init__(self, router: nn.Module) -> None:
         super().__init__()
         self.router, self.rank, self.last = router, None, None
+        self.reads_image = router.reads_image
 
     def forward(self, x_BLD: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         self.last = p_BL = self.router(x_BLD, grid)

@@ -5,8 +5,9 @@ the trainer does on one device, on images, noise and timesteps that stay the sam
 target share, so a DC-DiT keeps L / N tokens. Kinds of a model: `eager` and `compiled` (torch.compile of each block, as
 parallel.compile does), each with packing `exact` and, for a DC-DiT, `capacity`.
 
-Columns: ms, median of a step; images/s; over DiT: images/s over those of the first DiT; FLOPs over DiT: the same of the
-FLOPs (model/flops.py), which the speed should follow; MFU, where the peak is known; GB, peak memory (GPUs).
+Columns: ms, median of a step; images/s; over DiT: images/s over those of the first DiT; FLOPs over DiT: the same of an
+image's FLOPs (model/flops.py); efficiency: their product, 1 where time goes with FLOPs; MFU, where the peak is known;
+GB, peak memory (GPUs).
 With --parts also where the time goes, by kind of kernel, from torch's profiler.
 
     python benchmarks/step.py [--models DC-DiT-S,DiT-S/2] [--kinds eager,capacity] [--batch 8] [--grid 32]
@@ -62,8 +63,7 @@ class Step:
         self.model, self.device = model, device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
-        fused = {"fused": True} if device.type == "cuda" else {}
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, weight_decay=0.0, **fused)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, weight_decay=0.0, fused=True)
         if kind.startswith("compiled"):
             compile_blocks(model, True)
         self.milliseconds, self.kept = [], None
@@ -169,6 +169,7 @@ def measure(args, device):
         row["memory_gb"] = peak / 1e9 if peak else None
         for key in ("images_per_second", "gflops_per_image"):
             row[f"{key}_over_dit"] = row[key] / base[key] if base else None
+        row["efficiency"] = base and row["images_per_second_over_dit"] * row["gflops_per_image_over_dit"]
         if args.parts:
             row["parts"], row["largest_of_the_rest"] = step.parts()
     return rows
@@ -181,6 +182,7 @@ def table(rows):
             row["model"], row["kind"], form(row["retained"], ".1%"), form(row["ms"], ".1f"),
             form(row["images_per_second"], ".2f"), form(row["images_per_second_over_dit"], ".2f"),
             form(row["gflops_per_image"], ".1f"), form(row["gflops_per_image_over_dit"], ".2f"),
+            form(row["efficiency"], ".2f"),
             form(row["mfu"], ".1%"), form(row["memory_gb"], ".1f"),
         ])  # fmt: skip
     return cells

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model import attention, chunking
-from model.blocks import Backbone, ConvStack, FinalLayer, Grid, init_linears, zero
+from model.blocks import Backbone, ConvStack, FinalLayer, Grid, image_to_tokens, init_linears, zero
 from model.config import DCDiTConfig
 from model.dydit import GateRouter, Gates, PendingWidths
 from model.embeddings import (
@@ -97,7 +97,7 @@ class DCDiT(Pretrained, nn.Module):
         adapted_BD = self.cond_adaptor(c_BD)
         x_BLD = self.encoder(x_BLE, adapted_BD, grid)
 
-        boundary_prob_BL = self.router(x_BLD, grid)
+        boundary_prob_BL = self.router(image_to_tokens(x) if self.router.reads_image else x_BLD, grid)
         selected = chunking.select(
             boundary_prob_BL, tail_drop, backend, self._capacity(boundary_prob_BL, capacity)
         )
@@ -150,7 +150,8 @@ class DCDiT(Pretrained, nn.Module):
         c_BD = self.t_embedder(t) + self.y_embedder(y)
         x_BLD = self.encoder(self.x_embedder(x), self.cond_adaptor(c_BD), grid)
         if not isinstance(self.router, SpatialRouter):
-            return (self.router(x_BLD, grid) > 0.5).float().mean().item()
+            seen = image_to_tokens(x) if self.router.reads_image else x_BLD
+            return (self.router(seen, grid) > 0.5).float().mean().item()
         share = (self.router.logits(x_BLD, grid) > 0).float().mean().item()
         self.router.start_from_local_mean()
         logits = self.router.logits(x_BLD, grid)

@@ -26,8 +26,8 @@ from model.flops import block_flops
 from model.linear import Float32Linear, Units
 
 WEIGHT = 2.0  # of the FLOPs loss, as in the release
-START = 2.0  # logit of a new gate, which spreads over timesteps by SPREAD: all are open
-SPREAD = 0.5
+START = 2.0  # logit of a new gate, which spreads over timesteps by SPREAD, a seventh of START: all are open
+SPREAD = 0.3
 
 
 class Width(NamedTuple):

@@ -38,6 +38,8 @@ class SpatialRouter(nn.Module):
     `forward` gives boundary_prob (B, L) float32, exactly 1 (and without gradient) at tokens 0 and L-1.
     """
 
+    reads_image = False  # but the encoder's output
+
     def __init__(self, width: int) -> None:
         super().__init__()
         inner = width // 4
@@ -96,6 +98,8 @@ class CosineRouter(nn.Module):
     The projections start as the identity and the depthwise 3x3 convolution as the uniform mean.
     """
 
+    reads_image = False
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.query = nn.Linear(width, width, bias=False)
@@ -120,11 +124,13 @@ class CosineRouter(nn.Module):
 class RandomRouter(nn.Module):
     """Boundaries by chance, a share 1/N of the tokens: the control of DC-DiT v1, which has nothing to learn.
 
-    Uniform numbers are hashed from the bits of each token's first channels, so that the choice is a function of the
-    input alone: no generator is part of the run's state, and a resumed run chooses the same. p is uniform on (0.5, 1]
-    for the chosen tokens, so that a tail drop, too, is by chance, and on [0, 0.5] for the others; it has no gradient.
+    Uniform numbers are hashed from the bits of the noised image (`reads_image`), so that the choice is a function of
+    the input alone: no generator is part of the run's state, and a run chooses the same on any number of processes and
+    after a resume. p is uniform on (0.5, 1] for the chosen tokens, so that a tail drop, too, is by chance, and on
+    [0, 0.5] for the others; it has no gradient.
     """
 
+    reads_image = True
     CHANNELS = 4
     MASK = 0xFFFFFFFF
 
@@ -132,8 +138,8 @@ class RandomRouter(nn.Module):
         super().__init__()
         self.share = 1 / target_ratio
 
-    def forward(self, x_BLD: Tensor, grid: Grid) -> Tensor:
-        words = x_BLD[..., : self.CHANNELS].detach().float().contiguous().view(torch.int32).long() & self.MASK
+    def forward(self, x_BLC: Tensor, grid: Grid) -> Tensor:
+        words = x_BLC[..., : self.CHANNELS].detach().float().contiguous().view(torch.int32).long() & self.MASK
         state = torch.zeros_like(words[..., 0])
         for word in words.unbind(-1):  # multiply, and bring the high bits down, as hashes of integers do
             state = ((state ^ word) * 0x9E3779B1) & self.MASK

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from model import dydit, ops, ratio_loss
 from model.errors import UserError
+from model.router import SpatialRouter
 from trainer import checkpoint, health, randomness
 from trainer.build import (
     build_model,
@@ -338,7 +339,8 @@ class Trainer:
     def _calibrate(self, model: torch.nn.Module) -> float | None:
         """Start near the target ratio: see ``DCDiT.calibrate_router``. Every rank computes it on the same images;
         rank 0's weights count."""
-        if self.config.model.router_start != "calibrated" or not hasattr(model, "calibrate_router"):
+        startable = isinstance(getattr(model, "router", None), SpatialRouter)
+        if self.config.model.router_start != "calibrated" or not startable:
             return None
         count = min(64, self.config.train.global_batch_size)
         batch = next(iter(self._loader(start=0, rank=0, size=1, micro=count, workers=0)))

@@ -86,7 +86,7 @@ def test_a_model_that_was_lent_has_its_own_memory_again():
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("engine", ENGINES)
-def test_on_a_gpu_averages_stay_in_pinned_memory_and_give_the_same(shards, tmp_path, engine):
+def test_on_a_gpu_averages_stay_in_host_memory_and_give_the_same(shards, tmp_path, engine):
     """One process: host memory holds them, no device memory does, and they agree with those on the device."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")

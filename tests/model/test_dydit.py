@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import DCDiT, DCDiTConfig, DiT, dydit
+from model import DCDiT, DCDiTConfig, DiT, dydit, preset
 from model.attention import attend
 from model.blocks import add_gated, modulate
 from model.errors import UserError
@@ -214,13 +214,13 @@ def test_target_comes_down_during_the_warm_up():
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_training_brings_the_share_to_the_target_and_still_learns(kind):
-    """Thirty steps on one batch: the gates close to the target while the images are fitted."""
+    """Sixty steps on one batch: the gates close to the target while the images are fitted."""
     model = SHAPES[kind](dydit=0.55, num_heads=4, depth=3)
     data = batch(model.config, 8)
     wanted = torch.randn(8, 6, 8, 8, generator=torch.Generator().manual_seed(3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     losses, shares = [], []
-    for _ in range(40):
+    for _ in range(60):
         out = model(*data)
         loss = (out.sample - wanted).square().mean()
         (loss + dydit.WEIGHT * dydit.budget_loss(out.gates, 0.55, 8)).backward()
@@ -329,3 +329,12 @@ def test_old_configs_still_load():
     values = tiny_config().to_dict()
     del values["dydit"]
     assert DCDiTConfig.from_dict(values) == tiny_config() and DiT.config_class().dydit is None
+
+
+def test_new_gates_are_open_at_every_timestep():
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = DCDiT(preset("B", dydit=0.5))
+        with torch.no_grad():
+            gates = model.gates(model.t_embedder(torch.arange(0, 1000, 3).float()))
+        assert bool((gates == 1).all())

@@ -167,3 +167,13 @@ def test_ratio_loss_moves_the_share_of_a_real_model():
         ratio_loss(routing.boundary_prob, routing.natural, 4.0).backward()
         optimizer.step()
     assert shares[0] > 0.6 and abs(sum(shares[-20:]) / 20 - 0.25) < 0.15
+
+
+def test_random_router_looks_at_the_image_alone():
+    """So it chooses the same whatever the weights, and so on any number of processes."""
+    config = tiny_config(router="random")
+    x, t, y = batch(config, 3)
+    models = [liven(DCDiT(config)) for _ in range(2)]
+    kept = [model(x, t, y).routing.retained for model in models]
+    assert not torch.equal(models[0].encoder.blocks[0].conv1.weight, models[1].encoder.blocks[0].conv1.weight)
+    assert torch.equal(*kept) and not torch.equal(kept[0], models[0](x + 1, t, y).routing.retained)

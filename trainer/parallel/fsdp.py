@@ -49,7 +49,9 @@ class FSDP(TorchEngine):
         options = {"mesh": self.mesh, "offload_policy": offload or OffloadPolicy()}
         for block in model.backbone.blocks:
             fully_shard(block, mp_policy=compute, **options)
-        for unit in parts(model, "router", "residual_proj"):  # fp32 whatever the rest is (DC-DiT v2 §3.3)
+        for unit in parts(
+            model, "gates", "router", "residual_proj"
+        ):  # fp32 whatever the rest is (DC-DiT v2 §3.3)
             fully_shard(unit, mp_policy=exact, **options)
         for unit in parts(model, "encoder", "decoder"):
             fully_shard(unit, mp_policy=compute, **options)
@@ -81,7 +83,7 @@ def prefetch(model: nn.Module) -> None:
     FSDP's own prefetch relies on a host that runs ahead of the device. Ours waits once, after the router, for the
     packed length: by then the first block's weights must be on their way.
     """
-    units = parts(model, "encoder", "router", "residual_proj")
+    units = parts(model, "gates", "encoder", "router", "residual_proj")
     units += [*model.backbone.blocks, *parts(model, "decoder")]
     for unit, following in zip(units, units[1:], strict=False):
         unit.set_modules_to_forward_prefetch([following])
