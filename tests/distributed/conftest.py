@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,7 @@ class Runs:
 
     def __init__(self, shards: Path, folder: Path) -> None:
         self.shards, self.folder = shards, folder
+        self.started: list[Processes] = []
 
     def arguments(self, name: str, *overrides: str, config: str = "configs/recipe/demo.yaml") -> list[str]:
         return [
@@ -50,7 +51,8 @@ class Runs:
         """``fault``: see tests/distributed/faulty.py. With ``torchrun`` by that launcher, else forked."""
         arguments = self.arguments(name, *overrides)
         if not torchrun:
-            return Processes(processes, arguments, self.folder / f"{name}.log", fault or "")
+            self.started.append(Processes(processes, arguments, self.folder / f"{name}.log", fault or ""))
+            return self.started[-1]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         return subprocess.Popen(
             [sys.executable, *launcher, "trainer/train.py", *arguments], cwd=ROOT, text=True,
@@ -130,8 +132,12 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(shards, tmp_path_factory) -> Runs:
-    return Runs(shards, tmp_path_factory.mktemp("runs"))
+def runs(shards, tmp_path_factory) -> Iterator[Runs]:
+    runs = Runs(shards, tmp_path_factory.mktemp("runs"))
+    yield runs
+    for process in runs.started:  # what a failed test has left running
+        if process.poll() is None:
+            process.kill()
 
 
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -22,7 +22,13 @@ ENGINES = {
     "fsdp": ["parallel.engine=fsdp", "ema.decay=[0.9,0.5]"],
     "ddp": ["parallel.engine=ddp", *DRAWN],
     "zero2": ["parallel.engine=deepspeed", "parallel.zero_stage=2"],
-    "zero3": ["parallel.engine=deepspeed", "parallel.zero_stage=3", "ema.decay=[0.9,0.5]", *DRAWN],
+    "zero3": [
+        "parallel.engine=deepspeed",
+        "parallel.zero_stage=3",
+        "ema.decay=[0.9,0.5]",
+        "ema.device=cpu",
+        *DRAWN,
+    ],
 }
 # Random moments at which the suite kills, dealt over the engines.
 KILLS = int(os.environ.get("DCDIT_KILLS", "20"))
