@@ -24,9 +24,15 @@ from typing import Any
 import numpy as np
 
 from model.errors import UserError
+from trainer.files import check_file, check_folder, digest, write_text, writing
 from trainer.sampling.arguments import add_model_flags, add_sampler_flags, check
 
 REFERENCE_NUM = 50_000
+# Flags of drawing, which pictures that are there already have no use for.
+DRAWING = (
+    "keep", "classes", "precision", "heads", "sigma", "method", "steps", "eta", "seed", "clip", "teacache", "guidance",
+    "uncond_tail_drop", "guidance_interval", "guidance_channels", "autoguidance", "tail_drop", "budget",
+)  # fmt: skip
 NAMES = {
     "offline": "Frechet distance (offline features; compares with itself alone)",
     "inception": "FID",
@@ -101,30 +107,52 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(
             "--number: how many pictures to draw? 50000 is usual for FID, a few hundred for a first look"
         )
-    if args.reference_num < 2:
-        raise UserError(f"--reference-num: at least 2, not {args.reference_num}")
-    if args.samples and args.keep:
-        raise UserError("--keep: the samples are there already; it goes with --checkpoint")
+    for flag, count in (("--number", args.num), ("--reference-num", args.reference_num)):
+        if count is not None and count < 2:
+            raise UserError(f"{flag}: at least 2, not {count}: a distance compares spreads")
+    if args.samples:
+        _check_samples(args)
     if args.to and Path(args.to).suffix != ".json":
         raise UserError(f"--to: {args.to} should end in .json")
     if args.checkpoint and not Path(args.checkpoint).expanduser().exists():
         raise UserError(f"--checkpoint: no such file or folder {args.checkpoint}")
 
 
+def _check_samples(args: argparse.Namespace) -> None:
+    """Raises UserError for flags of drawing, and for samples that are being drawn still."""
+    plain = parser()
+    given = [name for name in DRAWING if getattr(args, name) != plain.get_default(name)]
+    if given:
+        flag = given[0].replace("_", "-")
+        raise UserError(
+            f"--{flag}: goes with --checkpoint; --samples are there already and are measured as they are"
+        )
+    record = sampling_record(args.samples)
+    if record is not None and record.get("complete") is False and args.num is None:
+        raise UserError(
+            f"--samples: {args.samples} is not complete: `dcdit sample` was to draw {record.get('num')} pictures; run "
+            "it again, or say with --number how many to take of those that are there"
+        )
+
+
 def run(args: argparse.Namespace) -> int:
     """The command, by the processes torchrun started; returns the exit status."""
     from trainer.parallel import close_world, open_world
-    from trainer.sampling.source import pick_device
+    from trainer.parallel.world import rank_and_size
+    from trainer.sampling.source import check_device
 
-    pick_device(args.device)
+    check_device(args.device, rank_and_size()[1])
     world = open_world(timeout_minutes=60, device=args.device.partition(":")[0])
     try:
         device = args.device if ":" in args.device else str(world.device)
-        record = Evaluation(args, world, device).run()
+        evaluation = Evaluation(args, world, device)
+        file = evaluation.target()
+        check_file(file, "--to")
+        if args.keep:
+            check_folder(Path(args.keep), "--keep")
+        record = evaluation.run()
         if world.main:
-            file = target(args, record)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(record, indent=1) + "\n")
+            write_text(file, json.dumps(record, indent=1) + "\n", "--to")
             print(table(record) + f"\n\n{file}", flush=True)
         world.barrier()
     finally:
@@ -161,8 +189,10 @@ class Evaluation:
             self.labels = choose_labels(args.classes, args.num, self.source, args.seed).tolist()
         else:
             self.pictures = self._open(args.samples)
-            if args.num and args.num > len(self.pictures):
-                raise UserError(f"--number: {args.num}, but {args.samples} has {len(self.pictures)} pictures")
+            there, needed = len(self.pictures), args.num or 2
+            if there < needed:
+                what = f"--number: {args.num}, but" if args.num else "--samples: at least 2 are needed, but"
+                raise UserError(f"{what} {args.samples} has {there} pictures")
         self.features = load_together(args.features, args.features_path, world, device)
 
     def run(self) -> dict[str, Any]:
@@ -185,6 +215,32 @@ class Evaluation:
             "seconds": round(time.monotonic() - started, 1),
         }  # fmt: skip
 
+    def target(self) -> Path:
+        """Where the JSON goes: as asked, else under a name that no other settings have."""
+        from trainer.data.open import is_url
+
+        args, source = self.args, self.source
+        if args.to:
+            return Path(args.to).expanduser()
+        inputs = [args.reference, args.reference_num, args.features_path, args.vae, args.precision_recall]
+        if source is None:
+            path = Path(args.samples).expanduser().absolute()
+            where, folder = path.stem if path.is_file() else path.name, path.parent
+            folder = Path() if is_url(args.samples) else folder
+            parts, inputs = [args.features, str(args.num or len(self.pictures))], [str(path), *inputs]
+        else:
+            run = run_folder(source.path)
+            where = source.path.stem if run is None else f"{int(source.run.get('images') or 0):012d}"
+            folder = (run or Path()) / "evaluation"
+            drop = str(args.tail_drop or "0") if args.budget is None else f"budget{args.budget}"
+            steps = f"{self.settings.steps}steps"
+            parts = [args.features, str(args.num), steps, f"drop{drop}", f"seed{args.seed}"]
+            parts += [f"guidance{args.guidance:g}"] if args.guidance != 1 else []
+            drawn = {key: value for key, value in self.settings.record(source).items() if key != "batch"}
+            inputs += [str(source.path.absolute()), drawn, args.classes, self.guide and str(self.guide.path)]
+        name = "-".join([where, *parts, digest(inputs)])
+        return folder / f"{name.replace(':', '_')}.json"
+
     def _open(self, name: str) -> Any:
         from trainer.evaluation.images import decoder, open_pictures
 
@@ -200,7 +256,12 @@ class Evaluation:
         def opened() -> Any:
             if args.reference:
                 return self._open(args.reference)
-            return Shards(open_data(run_data(self.source), "train"), decoder(self.vae, args.vae_batch))
+            section = run_data(self.source)
+            try:
+                data = open_data(section, "train")
+            except UserError as error:
+                raise UserError(f"{error}; or say with --reference what to compare with") from None
+            return Shards(data, decoder(self.vae, args.vae_batch))
 
         return load_reference(
             args.reference or "", self.features, self.world, opened, args.reference_num, args.batch,
@@ -258,11 +319,9 @@ def keeper(folder: str) -> Any:
     from trainer.pictures import save_png
 
     def write(shots: Any, numbers: np.ndarray) -> None:
-        try:
+        with writing(folder, "--keep"):
             for shot, number in zip(shots, numbers.tolist(), strict=True):
                 save_png(shot, Path(folder) / f"{number:09d}.png")
-        except OSError as error:
-            raise UserError(f"--keep: cannot write to {folder}: {error.strerror or error}") from None
 
     return write
 
@@ -297,23 +356,6 @@ def sampling_record(samples: str) -> dict[str, Any] | None:
         return json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-
-
-def target(args: argparse.Namespace, record: dict[str, Any]) -> Path:
-    """Where the JSON goes."""
-    if args.to:
-        return Path(args.to)
-    parts = [args.features, str(record["count"])]
-    if args.samples:
-        path = Path(args.samples).expanduser().absolute()
-        name = "-".join([path.stem if path.is_file() else path.name, *parts])
-        return path.with_name(f"{name.replace(':', '-')}.json")
-    drop = str(args.tail_drop or "0") if args.budget is None else f"budget{args.budget}"
-    parts += [f"{record['settings']['steps']}steps", f"drop{drop}", f"seed{args.seed}"]
-    parts += [f"guidance{args.guidance:g}"] if args.guidance != 1 else []
-    folder = run_folder(Path(record["checkpoint"])) or Path()
-    name = "-".join([f"{int(record['images_seen'] or 0):012d}", *parts]).replace(":", "_")
-    return folder / "evaluation" / f"{name}.json"
 
 
 def table(record: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ if __name__ == "__main__":  # as a script, sys.path[0] is trainer/: put the root
 
 import argparse
 import dataclasses
-import os
 
+from trainer.files import check_file, write_text
 from trainer.reporting import compare, page
 from trainer.reporting.gather import QUICK, Effort, gather
 from trainer.reporting.run import run_folder
@@ -29,29 +29,22 @@ def main(argv: list[str]) -> int:
     from trainer.sampling.progress import Line
 
     line = Line()
+    default = runs[0] / "report.html" if len(runs) == 1 else runs[0].resolve().parent / "comparison.html"
+    target = Path(args.to) if args.to else default
+    check_file(target, "--to")
     if len(runs) == 1:
-        target = Path(args.to) if args.to else runs[0] / "report.html"
         findings = gather(runs[0], effort, args, line.show)
         text, missing = page.render(findings), findings.missing
     else:
-        target = Path(args.to) if args.to else runs[0].resolve().parent / "comparison.html"
         found = compare.gather(runs, effort, args, line.show)
         text, missing = compare.render(found), found.missing
     line.show("")
-    _write(target, text)
+    write_text(target, text, "--to")
     for part, what in missing.items():
         if what and part != "elastic":  # that one needs a command of its own, and the page says so
             print(f"note: {what}")
     print(f"report: {target} ({target.stat().st_size / 1e6:.1f} MB)")
     return 0
-
-
-def _write(target: Path, text: str) -> None:
-    """Beside its place and then moved there."""
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(text)
-    os.replace(beside, target)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -62,7 +62,9 @@ def _sheet(args: argparse.Namespace) -> int:
     if args.budget is not None:
         settings, budget = with_budget(args.budget, settings, source, guide)
     vae = load_vae(args.vae, source.device) if args.vae else None
-    target = sheet_target(args.to, source, settings)
+    others = {"classes": args.classes != "all" and labels, "per_class": per_class - 1, "vae": args.vae,
+              "autoguidance": args.autoguidance}  # fmt: skip
+    target = sheet_target(args.to, source, settings, others)
     drawn = generate(source, labels, settings, Line().show, guide)
     shots, kind = to_pictures(source, drawn.images, vae, args.vae_batch)
     record = sheet_record(source, labels, settings, drawn, kind)

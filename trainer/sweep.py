@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit status."""
     from trainer.parallel import close_world, open_world
+    from trainer.parallel.world import rank_and_size
     from trainer.sampling.source import check_device, load_source
 
     rhos = TailDrop.parse(args.tail_drop)
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--tail-drop: a sweep takes a list of numbers such as {RHOS}, got {args.tail_drop!r}"
         )
-    check_device(args.device)
+    check_device(args.device, rank_and_size()[1])
     world = open_world(timeout_minutes=60, device=args.device.partition(":")[0])
     try:
         device = args.device if ":" in args.device else str(world.device)
@@ -318,8 +319,8 @@ def measure(source: Any, heldout: Any, world: Any, autocast: Any, say: Any) -> C
     seen = sum(float(part) for part in world.gather(sum(float(b["weight"].sum()) for b in batches)))
     rounds = max(1, round(CALIBRATION_IMAGES / max(seen, 1)))
     for number in range(rounds):
-        for batch in batches:
-            say(f"calibration: pass {number + 1} of {rounds}")
+        for place, batch in enumerate(batches):
+            say(f"calibration: batch {number * len(batches) + place + 1} of {rounds * len(batches)}")
             x0, noise, y = (batch[key].to(device) for key in ("image", "noise", "label"))
             level = (batch["u"].double() + number / rounds) % 1.0
             t = uniform_time(process, level.to(device))

@@ -10,7 +10,7 @@ import pytest
 from tests.trainer.browser import CHROMIUM, WIDTHS, look
 from tests.trainer.synthetic_run import elastic_curve, export, manifest, mds, metrics, run_folder, tiny_model
 from trainer import charts, cli
-from trainer.reporting import elastic
+from trainer.reporting import curves, elastic
 from trainer.reporting.gather import NEED_WEIGHTS, TAIL_DROPS
 from trainer.reporting.routing import NOISE_LEVELS
 
@@ -191,6 +191,20 @@ def test_old_page_stays_when_the_run_is_wrong(tmp_path, capsys):
         assert cli.main(["report", str(path)]) == 2
         assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_drawn(full, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.report.gather", None)
+    assert cli.main(["report", str(full[0]), "--to", "/proc/x/r.html"]) == 2
+    assert "--to: cannot write to /proc/x" in capsys.readouterr().err
+    assert cli.main(["report", str(full[0]), "--to", str(full[0])]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_what_drawing_took_is_no_measure_of_the_model():
+    row = {"step": 1, "images": 2, "eval": True, "heldout_mse": 0.1, "frechet_offline": 3.0, "drawn_images": 64,
+           "drawn_seconds": 5.0, "drawn_images_per_s": 12.8, "drawn_retained_share": 0.2}  # fmt: skip
+    assert curves.other_keys([curves.Run("a", [], [row])]) == ["frechet_offline", "drawn_retained_share"]
 
 
 def _svg(chart: str):

@@ -1,5 +1,6 @@
 """`dcdit sample`: the pictures depend on seed and class alone, and wrong arguments are told at once."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from model.flops import flops
 from tests.trainer.synthetic_run import CLASSES, SIZE, export, manifest, run_folder, tiny_model
 from trainer import cli, sample
 from trainer.drawing import Settings, Source, clipped, generate, load_source
+from trainer.sampling.sheet import sheet_target
 
 RELEASED = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "tiny_official_layout_0000003.pt"
 
@@ -137,8 +139,23 @@ def test_command_writes_a_sheet_and_its_settings(run, tmp_path, capsys):
 
 
 def test_default_place_is_in_the_run(run, capsys):
-    assert cli.main(["sample", "--checkpoint", str(run), "--classes", "1", "--steps", "2"]) == 0
+    assert cli.main(["sample", "--checkpoint", str(run), "--steps", "2"]) == 0
     assert (run / "samples" / "000000000640-2steps-drop0-seed0.png").is_file()
+
+
+def test_other_settings_have_another_default_place(run):
+    source, plain = load_source(run, "cpu"), Settings(steps=2, method="ddpm")
+    others = [{}, {"method": "ddim"}, {"eta": 0.5}, {"precision": "bf16"}, {"clip": False}, {"seed": 1},
+              {"teacache": 0.1}, {"guidance": 2.0}, {"guidance": 2.0, "uncond_tail_drop": 0.9},
+              {"guidance_interval": (0, 0.5)}]  # fmt: skip
+    names = [sheet_target(None, source, dataclasses.replace(plain, **other), {}) for other in others]
+    given = [{"classes": [1]}, {"classes": [2]}, {"autoguidance": "weak"}, {"vae": "folder"}]
+    names += [sheet_target(None, source, plain, other) for other in given]
+    assert len(set(names)) == len(names)
+    assert (
+        sheet_target(None, source, dataclasses.replace(plain, batch=3), {"vae": None, "per_class": 0})
+        == names[0]
+    )
 
 
 def test_latents_without_a_vae_are_called_what_they_are(tmp_path, capsys):

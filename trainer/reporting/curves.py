@@ -13,8 +13,11 @@ from trainer.charts import Series, line_chart, smooth
 from trainer.reporting.html import card
 
 X = "images seen"
-# Numbers of an evaluation's row that have a chart of their own, or are none.
-OWN = ("step", "images", "heldout_loss", "heldout_mse", "heldout_mse_raw", "retained_share")
+# Numbers of an evaluation's row that have a chart of their own, or say nothing of the model.
+OWN = (
+    "step", "images", "heldout_loss", "heldout_mse", "heldout_mse_raw", "retained_share",
+    "drawn_images", "drawn_seconds", "drawn_images_per_s",
+)  # fmt: skip
 
 
 @dataclass

@@ -20,6 +20,7 @@ from trainer.data.source import file_hash
 from trainer.drawing import Drawn, draw_batch, stream_keys
 from trainer.elastic import amount, with_budget
 from trainer.parallel import World, close_world, open_world
+from trainer.parallel.world import rank_and_size
 from trainer.randomness import rng
 from trainer.sampling.arguments import load_guide, parse_classes, settings_from
 from trainer.sampling.decode import load_vae, to_pictures
@@ -38,12 +39,8 @@ class _Stopped(Exception):
 def draw_many(args: argparse.Namespace) -> int:
     """`dcdit sample --num N --to DIR`; returns the exit status: 0 complete, 75 stopped by a signal."""
     kind, _, number = args.device.partition(":")
-    check_device(args.device)
+    check_device(args.device, rank_and_size()[1])
     world = open_world(timeout_minutes=60, device=kind)
-    if number and world.size > 1:
-        raise UserError(
-            f"--device: {args.device} is one device, but there are {world.size} processes; use {kind}"
-        )
     stop = StopFlag()
     try:
         device = args.device if number else str(world.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer import pictures
+from trainer.drawing import Settings
 from trainer.elastic import TailDrop
+from trainer.files import digest
 from trainer.sampling.decode import LATENT_NOTE
 
 if TYPE_CHECKING:
-    from trainer.drawing import Drawn, Settings
+    from trainer.drawing import Drawn
     from trainer.sampling.source import Source
 
 
@@ -54,16 +57,27 @@ def sheet_record(
     }
 
 
-def sheet_target(asked: str | None, source: Source, settings: Settings) -> Path:
-    """Where the sheet goes: as asked, else samples/ in the run's folder, named after the settings."""
+def sheet_target(asked: str | None, source: Source, settings: Settings, others: dict[str, Any]) -> Path:
+    """Where the sheet goes: as asked, else samples/ in the run's folder, named after the settings. A digest stands for
+    those that are rarely given and for `others` (classes, autoguidance, ...), as far as they are."""
     if asked:
         return Path(asked) if Path(asked).suffix else Path(asked + ".png")
+    plain = dataclasses.replace(
+        Settings(), steps=settings.steps, guidance=settings.guidance, tail_drop=settings.tail_drop, seed=settings.seed,
+        batch=settings.batch, teacache=settings.teacache, precision=source.run.get("precision", "fp32"),
+    ).record(source)  # fmt: skip
+    given = {key: value for key, value in settings.record(source).items() if value != plain[key]}
+    given |= {key: value for key, value in others.items() if value}
     drop = str(TailDrop.of(settings.tail_drop)).replace(":", "-")
     parts = [f"{settings.steps}steps", f"drop{drop}", f"seed{settings.seed}"]
     if settings.guidance != 1:
         parts.insert(1, f"guidance{settings.guidance:g}")
     if settings.teacache is not None:
         parts.append(f"teacache{settings.teacache:g}")
+    if "method" in given:
+        parts.insert(1, given.pop("method"))
+    if given:
+        parts.append(digest(given))
     run = next((p.parent for p in source.path.parents if p.name == "checkpoints"), None)
     if run is None:
         return Path("samples") / f"{source.path.stem}-{'-'.join(parts)}.png"

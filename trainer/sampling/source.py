@@ -91,10 +91,16 @@ def pick_device(name: str):
     return device
 
 
-def check_device(name: str) -> None:
-    """What `pick_device` raises, without touching a GPU that is there: under torchrun each process has its own."""
+def check_device(name: str, processes: int = 1) -> None:
+    """What `pick_device` raises, without touching a GPU that is there: under torchrun each process has its own. Raises
+    UserError for one numbered device and several processes, too."""
     import torch
 
+    from model.errors import UserError
+
+    kind, _, number = name.partition(":")
+    if number and processes > 1:
+        raise UserError(f"--device: {name} is one device, but there are {processes} processes; use {kind}")
     if name not in ("auto", "cpu") and not (name == "cuda" and torch.cuda.is_available()):
         pick_device(name)
 

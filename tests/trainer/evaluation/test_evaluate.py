@@ -79,7 +79,8 @@ def test_drawn_now_is_drawn_before(run, tmp_path, capsys):
         asked = ["--checkpoint", str(run), "--num", "18", "--steps", "2", "--to", str(to), "--format", form]
         assert cli.main(["sample", *asked, "--device", "cpu", "--shard", "7"]) == 0
         assert cli.main(["evaluate", "--samples", str(to), "--reference", data, "--features", "offline"]) == 0
-        before = json.loads((tmp_path / f"{form}-offline-18.json").read_text())
+        (file,) = tmp_path.glob(f"{form}-offline-18-*.json")
+        before = json.loads(file.read_text())
         assert numbers(before) == pytest.approx(numbers(drawn), rel=1e-5), form
         assert before["sampling"]["retained_share"] == pytest.approx(drawn["retained_share"], abs=1e-5)
     kept = ["--samples", str(tmp_path / "kept"), "--reference", data, "--features", "offline", "--num", "9"]
@@ -248,6 +249,12 @@ def test_pictures_of_two_sizes_do_not_compare_offline(run, tmp_path, capsys):
         ("--samples RUN", "--reference: say what"),
         ("--checkpoint RUN", "--number: how many"),
         ("--checkpoint RUN --num 0", "must be at least 1"),
+        ("--checkpoint RUN --num 1", "--number: at least 2, not 1"),
+        ("--samples ONE --reference DATA --features offline", "--samples: at least 2 are needed, but .* has 1"),
+        ("--samples DATA --reference DATA --steps 9", "--steps: goes with --checkpoint"),
+        ("--samples DATA --reference DATA --no-clip", "--clip: goes with --checkpoint"),
+        ("--checkpoint RUN --num 4 --features offline --to /proc/x/e.json", "--to: cannot write to /proc/x"),
+        ("--checkpoint RUN --num 4 --features offline --keep /proc/x", "--keep: cannot write to /proc/x"),
         ("--checkpoint nowhere --num 4", "no such file or folder nowhere"),
         ("--samples RUN --reference RUN --keep x", "--keep"),
         ("--checkpoint RUN --num 4 --to x.txt", "should end in .json"),
@@ -259,11 +266,66 @@ def test_pictures_of_two_sizes_do_not_compare_offline(run, tmp_path, capsys):
         ("--samples DATA --reference DATA --num 99 --features offline", "--number: 99, but"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(run, argv, words, capsys):
-    named = {"RUN": str(run), "DATA": str(run.parent / "data")}
+def test_bad_input_is_one_line_before_anything_is_drawn(run, argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.evaluation.draw.draw", None)
+    np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, SIZE, SIZE, 3), np.uint8))
+    named = {"RUN": str(run), "DATA": str(run.parent / "data"), "ONE": str(tmp_path / "one.npz")}
     assert cli.main(["evaluate", *(named.get(word, word) for word in argv.split())]) == 2
     error = capsys.readouterr().err
     assert re.search(words, error) and error.strip().count("\n") == 0, error
+
+
+def test_samples_still_being_drawn_are_measured_only_when_their_number_is_said(run, tmp_path, capsys):
+    samples = tmp_path / "samples"
+    asked = ["--checkpoint", str(run), "--num", "6", "--steps", "1", "--to", str(samples), "--device", "cpu"]
+    assert cli.main(["sample", *asked]) == 0
+    record = json.loads((samples / "sampling.json").read_text())
+    (samples / "sampling.json").write_text(json.dumps(record | {"complete": False}))  # as a kill leaves it
+    (samples / "000000005.png").unlink()
+    capsys.readouterr()
+    asked = ["--samples", str(samples), "--reference", str(run.parent / "data"), "--features", "offline"]
+    assert cli.main(["evaluate", *asked]) == 2
+    assert re.search("--samples: .*is not complete: .*6 pictures; run it again", capsys.readouterr().err)
+    assert cli.main(["evaluate", *asked, "--number", "5", "--to", str(tmp_path / "five.json")]) == 0
+    assert json.loads((tmp_path / "five.json").read_text())["count"] == 5
+
+
+def test_other_settings_have_another_default_name(run, tmp_path):
+    def target(*argv: str) -> Path:
+        args = evaluate.parser().parse_args([*argv, "--features", "offline", "--device", "cpu"])
+        evaluate.check_flags(args)
+        with opened_world() as world:
+            return evaluate.Evaluation(args, world, "cpu").target()
+
+    drawn = ["--checkpoint", str(run), "--num", "4", "--steps", "2"]
+    others = ["", "--method ddim", "--method ddim --eta 0.5", "--precision bf16", "--no-clip", "--classes 1",
+              "--seed 1", "--guidance 2", "--guidance 2 --uncond-tail-drop 0.9",
+              "--guidance 2 --guidance-interval 0 0.5",
+              f"--guidance 2 --autoguidance {run}", f"--reference {run.parent / 'data'}:heldout"]  # fmt: skip
+    names = [target(*drawn, *other.split()) for other in others]
+    assert len(set(names)) == len(names) and {name.parent for name in names} == {run / "evaluation"}
+    assert target(*drawn, "--batch", "3") == names[0], "which is of no consequence"
+    samples = ["--samples", str(run.parent / "data"), "--reference"]
+    assert target(*samples, str(run)) != target(*samples, str(run.parent))
+    folders = [export(tmp_path / name, tiny_model()) for name in "ab"]
+    names = [target("--checkpoint", str(folder), "--num", "4").name for folder in folders]
+    assert [name[:2] for name in names] == ["a-", "b-"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sweep", "sample"])
+def test_one_numbered_device_is_not_for_several_processes(run, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    to = str(tmp_path / ("e.json" if command == "evaluate" else "folder"))
+    asked = ["--checkpoint", str(run), "--num", "4", "--device", "cpu:0", "--to", to]
+    assert cli.main([command, *asked]) == 2
+    assert "--device: cpu:0 is one device, but there are 2 processes; use cpu" in capsys.readouterr().err
+
+
+def test_data_that_moved_away_says_what_to_give(run, tmp_path, capsys):
+    moved = run_folder(tmp_path, data=tmp_path / "gone")
+    assert cli.main(["evaluate", *arguments(moved)]) == 2
+    assert "or say with --reference what to compare with" in capsys.readouterr().err
 
 
 def test_latents_without_a_vae_and_a_checkpoint_outside_a_run_say_what_to_give(tmp_path, capsys):
