@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shutil
 import xml.etree.ElementTree as ElementTree
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,9 +17,11 @@ from model.errors import UserError
 from model.flops import flops
 from tests.model.test_dydit import scatter_gates
 from tests.trainer.synthetic_run import export, mds, tiny_model
-from trainer import cli
+from trainer import cli, sweep
+from trainer.data import heldout_batches, open_source
 from trainer.drawing import Settings, generate, load_source
 from trainer.elastic import Budget, Calibration, Cost, TailDrop, call_times, with_budget
+from trainer.parallel import close_world, open_world
 
 FEW = ["--heldout", "64", "--batch", "16"]
 
@@ -207,6 +211,19 @@ def test_a_calibration_of_its_own_foresees_the_same(trained, tmp_path, monkeypat
     for rho in (0.0, 0.4):
         foreseen = Cost(source, settings, measured).gflops(rho)
         assert Cost(source, settings, noted).gflops(rho) == pytest.approx(foreseen, rel=0.01)
+
+
+def test_the_calibration_says_which_batch_it_is_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "CALIBRATION_IMAGES", 12)  # twice the six there are
+    source = load_source(export(tmp_path / "ema", tiny_model()), "cpu")
+    data, said = open_source(mds(tmp_path / "data", 6), "heldout"), []
+    world = open_world(device="cpu")
+    try:
+        batches = partial(heldout_batches, data, seed=0, count=6, batch_size=4)
+        sweep.measure(source, batches, world, nullcontext, said.append)
+    finally:
+        close_world()
+    assert said == [f"calibration: batch {number} of 4" for number in (1, 2, 3, 4)]
 
 
 def test_the_gates_of_dydit_are_calibrated_too(tmp_path, monkeypatch):

@@ -1,15 +1,28 @@
 """`dcdit report`: one file that stands alone, says what is missing, and looks right in a browser."""
 
+import base64
+import io
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.trainer.browser import CHROMIUM, WIDTHS, look
-from tests.trainer.synthetic_run import elastic_curve, export, manifest, mds, metrics, run_folder, tiny_model
+from tests.trainer.synthetic_run import (
+    SIZE,
+    elastic_curve,
+    export,
+    manifest,
+    mds,
+    metrics,
+    run_folder,
+    tiny_model,
+)
 from trainer import charts, cli
+from trainer.metrics import read_rows
 from trainer.reporting import curves, elastic
 from trainer.reporting.gather import NEED_WEIGHTS, TAIL_DROPS
 from trainer.reporting.routing import NOISE_LEVELS
@@ -33,6 +46,10 @@ class Balanced(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+def section(page: str, title: str) -> str:
+    return re.search(rf"<section><h2>{title}</h2>(.*?)</section>", page, re.S).group(1)
 
 
 def write(run, *words) -> str:
@@ -78,17 +95,30 @@ def test_holds_every_part(full):
 
 def test_pictures_keep_their_own_size_and_are_enlarged_by_the_page(full):
     _, page = full
-    assert "image-rendering: pixelated" in page and "prefers-color-scheme: dark" in page
+    found = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
+    sizes = {Image.open(io.BytesIO(base64.b64decode(data))).size for data in found}
+    assert sizes == {(SIZE, SIZE)} and "image-rendering: pixelated" in page
     assert len(page) < 400_000
 
 
 def test_not_finite_values_leave_a_gap_and_cut_lines_are_skipped(full):
-    _, page = full
-    assert "nan" not in page.split("</style>")[1].lower().replace("finance", "")
+    run, page = full
+    rows = [row for row in read_rows(run) if not row.get("eval")]
+    assert [row["step"] for row in rows] == list(range(1, 21)) and rows[6]["grad_norm"] == "nan"
+    norm = curves.points(rows, "grad_norm")
+    assert [images // 32 for images, _ in norm] == [*range(1, 7), *range(8, 21)]
+    drawn = re.findall(r"<svg.*?</svg>", page, re.S)
+    values = [
+        value for text in drawn for e in ElementTree.fromstring(text).iter() for value in e.attrib.values()
+    ]
+    assert len(drawn) > 4 and not [value for value in values if re.search(r"\b(nan|inf)\b", value)]
 
 
-def test_budgets_share_the_noise_and_cost_less_and_less(full, capsys):
+def test_budgets_begin_with_the_sheet_s_pictures_and_cost_less_and_less(full):
     _, page = full
+    sheet = re.findall(r'src="([^"]*)"', section(page, "Samples"))
+    budgets = re.findall(r'src="([^"]*)"', section(page, "One checkpoint, several budgets"))
+    assert len(sheet) == 4 and budgets[:4] == sheet and len(set(budgets)) == len(budgets)
     kept = [float(x) for x in re.findall(r"([\d.]+)% of the tokens kept", page)]
     cost = [float(x) for x in re.findall(r"<span>([\d.]+) GFLOPs", page)]
     assert len(kept) == len(cost) == 4
@@ -97,8 +127,7 @@ def test_budgets_share_the_noise_and_cost_less_and_less(full, capsys):
 
 def test_elastic_curve_is_drawn_and_tabulated(full):
     run, page = full
-    part = page[page.index("Quality against compute") :]
-    part = part[: part.index("</section>")]
+    part = section(page, "Quality against compute")
     assert "10 DDPM steps, guidance 1.5, Fréchet distance on offline features" in part
     assert part.count("<circle") == 4 and 'aria-label="Fréchet distance"' in part
     cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", part)
@@ -186,7 +215,16 @@ def test_latents_and_flow(tmp_path):
     assert "False colours of the VAE&#x27;s latents" in page and "EULER" in page
 
 
-def test_old_page_stays_when_the_run_is_wrong(tmp_path, capsys):
+def test_old_page_stays_where_a_new_one_fails(tmp_path, capsys):
+    run = run_folder(tmp_path)
+    (run / "report.html").write_text("old")
+    before = sorted(run.iterdir())
+    assert cli.main(["report", str(run), "--vae", str(tmp_path), "--quick", "--steps", "1"]) == 2
+    assert "--vae" in capsys.readouterr().err
+    assert (run / "report.html").read_text() == "old" and sorted(run.iterdir()) == before
+
+
+def test_what_is_no_run_is_told_and_left_alone(tmp_path, capsys):
     for path, said in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "not a run")):
         assert cli.main(["report", str(path)]) == 2
         assert said in capsys.readouterr().err
