@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import DCDiT, DCDiTConfig, DiT, dydit, preset
+from model import DCDiT, DCDiTConfig, DiT, dydit
 from model.attention import attend
 from model.blocks import add_gated, modulate
+from model.embeddings import TimestepEmbedder
 from model.errors import UserError
 from model.flops import flops, of_output
 from tests.model.conftest import batch, tiny_config, tiny_dcdit, tiny_dit
@@ -332,9 +333,10 @@ def test_old_configs_still_load():
 
 
 def test_new_gates_are_open_at_every_timestep():
+    """As many as DC-DiT-B has."""
     for seed in range(3):
         torch.manual_seed(seed)
-        model = DCDiT(preset("B", dydit=0.5))
+        embedder, router = TimestepEmbedder(768), dydit.GateRouter(768, 12, 12)
+        embedder.reset(), router.reset()
         with torch.no_grad():
-            gates = model.gates(model.t_embedder(torch.arange(0, 1000, 3).float()))
-        assert bool((gates == 1).all())
+            assert (router(embedder(torch.arange(0, 1000, 3).float())) == 1).all()
