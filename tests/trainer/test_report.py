@@ -184,6 +184,18 @@ def test_shares_are_measured_where_none_were_logged(tmp_path):
     assert "Measured now on 4 held-out images" in page and "By class" in page
 
 
+def test_a_run_on_several_data_sets_has_router_maps(tmp_path):
+    data = [mds(tmp_path / name) for name in "ab"]
+    run = run_folder(tmp_path, data=data[0])
+    config = run / "config.yaml"
+    config.write_text(
+        config.read_text() + f"  streams: [{{path: {data[0]}, weight: 2}}, {{path: {data[1]}, weight: 1}}]\n"
+    )
+    assert Balanced(write(run)).count["img"] > 4 + 4 * len(TAIL_DROPS)
+    config.write_text(config.read_text() + "  cache_limit: 1gb\n")
+    assert "could not be read (data.cache_limit" in write(run), "the whole section counts, as in training"
+
+
 def test_data_that_moved_away_is_a_note_and_a_wrong_flag_an_error(tmp_path, capsys):
     run = run_folder(tmp_path, data=tmp_path / "gone")
     assert "held-out images could not be read" in write(run)

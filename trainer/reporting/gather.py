@@ -53,7 +53,7 @@ def gather(run: Path, effort: Effort, args: argparse.Namespace, say: Callable[[s
     if source is not None:
         f.class_names = source.class_names
         f.target_ratio = getattr(source.model.config, "target_ratio", None)
-        batch = heldout(config, args.data, source, f)
+        batch = heldout(run, args.data, source, f)
         say("router maps")
         look_at_routing(source, batch, effort.strips, effort.maps, f)
         _draw_samples(source, effort, args, f, say)

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from trainer.reporting.findings import ClassMaps, Findings, Frame, Strip
-from trainer.reporting.run import dig, spread
+from trainer.reporting.run import dig, read_config, spread
 
 NOISE_LEVELS = (0.02, 0.1, 0.25, 0.4, 0.55, 0.75, 0.95)
 PER_CLASS = 3  # held-out pictures behind a share of the table by class
 CHUNK = 16  # images at once
 
 
-def heldout(config: dict, asked: str | None, source, f: Findings) -> dict[str, Any] | None:
-    """Up to 64 held-out images spread over the data set, as one batch; None where the data is not there."""
+def heldout(run: Path, asked: str | None, source, f: Findings) -> dict[str, Any] | None:
+    """Up to 64 held-out images spread over the run's data, or that in the folder `asked`, as one batch; None where the
+    data is not there."""
     from model.errors import UserError
-    from trainer.data import heldout_batches, open_source
+    from trainer.config import load_config
+    from trainer.data import heldout_batches, open_data, open_source
 
-    path = asked or dig(config, "data", "path")
-    if not path:
+    if not asked and not dig(read_config(run), "data", "path"):
         f.missing["strips"] = "No data folder is named in the run's configuration: give it with --data."
         return None
     try:
-        data = open_source(path, "heldout", cache=dig(config, "data", "cache"))
+        if asked:
+            data = open_source(asked, "heldout")
+        else:
+            data = open_data(load_config(run / "config.yaml").data, "heldout")
         if data.manifest.shape != source.shape:
             raise UserError(
-                f"data {path}: its images are {data.manifest.shape}, the model takes {source.shape}"
+                f"data {data.location}: its images are {data.manifest.shape}, the model takes {source.shape}"
             )
         count = min(64, len(data))
         batch = next(
