@@ -11,6 +11,7 @@ same command resumes; `trainer/train.py` with `upcycle.teacher` set is the same.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -335,7 +336,9 @@ class UpcycleTrainer(Trainer):
             return
         for outputs in (self.blocks, self.teacher_blocks):
             outputs.remove()
-        self.teacher = self.teacher_blocks = None
+        self.engine.release(self.teacher)
+        self.teacher = self.blocks = self.teacher_blocks = None
+        gc.collect()  # all generations, here and on every process at this step: `health.collect` has the young alone
         self.spikes.recent.clear()  # another loss begins
         self._say(f"image {self.position}: distillation is over, ordinary training goes on")
 

@@ -2,11 +2,13 @@
 
 nan:24-48 makes the loss NaN; inf-gradient:24-48 a gradient infinite under a finite loss; high:24-48 adds 100 to it;
 disk:24-48 lets that rank's disk run full while it writes its part of torch's checkpoint, own-disk:24-48 while it writes
-DeepSpeed's own files. And ``mark``: no fault, but RUN/evaluating exists while rank 0 evaluates.
+DeepSpeed's own files. And no faults: ``mark``, RUN/evaluating exists while rank 0 evaluates; ``watch``, every rank says
+how many of the teacher's numbers are still in memory once an upcycled run has let it go.
 """
 
 import errno
 import os
+import weakref
 from pathlib import Path
 
 import torch.distributed.checkpoint._storage_utils
@@ -18,7 +20,7 @@ KIND, FIRST, LAST = "", 0, 0
 
 
 def install(fault: str) -> None:
-    """Make ``fault`` ("KIND:FIRST-LAST" or "mark") part of every run of this process."""
+    """Make ``fault`` ("KIND:FIRST-LAST", "mark" or "watch") part of every run of this process."""
     global KIND, FIRST, LAST
     KIND, _, span = fault.partition(":")
     FIRST, LAST = (int(number) for number in span.split("-")) if span else (0, 0)
@@ -53,6 +55,16 @@ def full_disk(write):
 
 
 class Faulty(trainer.loop.Trainer):
+    def train_step(self, batches):
+        if KIND == "watch" and self.teacher is not None:
+            held = [getattr(p, "ds_tensor", getattr(p, "_local_tensor", p)) for p in self.teacher.parameters()]
+            self.watched, held = [weakref.ref(part) for part in held], None
+        super().train_step(batches)
+        if KIND == "watch" and self.teacher is None and self.watched:
+            parts = [reference() for reference in self.watched]
+            left, self.watched = sum(part.numel() for part in parts if part is not None), []
+            print(f"rank {self.world.rank}: {left} numbers of the teacher left", flush=True)
+
     def predict(self, model, batch, tail_drop):
         out, terms, t = super().predict(model, batch, tail_drop)
         last = self.world.rank == self.world.size - 1

@@ -125,7 +125,10 @@ def test_bad_teachers_are_one_line_before_anything_starts(here, teacher, capsys)
 )
 def test_two_processes_follow_the_teacher_alike(runs, here, whole, teacher, engine):
     name = engine[0].partition("=")[2]
-    runs.run(name, 2, *engine, *settings(teacher), "train.total_images=64", "checkpoint.every=64")
+    short = ["train.total_images=64", "checkpoint.every=64"]
+    output = runs.run(name, 2, *engine, *settings(teacher), *short, fault="watch")
+    for rank in range(2):
+        assert f"rank {rank}: 0 numbers of the teacher left" in output, "let go when the stage ends"
     for key in ("loss", "loss_blocks", "loss_teacher_noise"):
         ours, theirs = ([row.get(key, 0.0) for row in r.rows(n)] for r, n in ((runs, name), (here, whole)))
         assert len(ours) == 8 and ours == pytest.approx(theirs[:8], rel=TOLERANCE, abs=TOLERANCE), key

@@ -129,6 +129,12 @@ class DeepSpeed(Engine):
         self._prepare(model.requires_grad_(False).eval(), host)
         return self._initialize(model, None, host)[0] if self.stage == 3 else model
 
+    def release(self, model: nn.Module) -> None:
+        """Under ZeRO 3 the library keeps references to an engine for ever: its partitions go by hand."""
+        for p in model.parameters():
+            if hasattr(p, "ds_tensor"):
+                p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
+
     def _writer(self) -> Any:
         from trainer.parallel.deepspeed_writer import BackgroundWriter
 

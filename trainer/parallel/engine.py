@@ -96,6 +96,10 @@ class Engine:
         where they are whole, whole; with ``host`` in host memory."""
         raise TypeError(f"{type(self).__name__} is no engine")
 
+    def release(self, model: nn.Module) -> None:
+        """Give back what a model from ``frozen`` holds and collecting garbage would not; every process calls it. The
+        caller then drops the model and collects: wrapped models are in reference cycles."""
+
     def _wrap_averages(self, averages: list[nn.Module]) -> None:
         wrapped = [self.frozen(average, host=self.host is not None) for average in averages]
         self.averages = dict(zip(self.names, wrapped, strict=True))
