@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -67,8 +68,12 @@ class Saver:
         temporary = self.folder / f".writing-{final.name}"
         self._agree(lambda: _fresh(temporary) if self.world.main else None)
         own = self._agree(lambda: engine.save_own(temporary))
+        contents = engine.state()
+        if self.world.device.type == "cuda":
+            # The stager copies on a stream of its own, which does not wait for what this one has yet to compute.
+            torch.cuda.synchronize(self.world.device)
         response = dcp.async_save(
-            engine.state(), checkpoint_id=str(temporary), process_group=self.group,
+            contents, checkpoint_id=str(temporary), process_group=self.group,
             **({"async_stager": self._stager} if self._stager else {}),
         )  # fmt: skip
         self._staging = getattr(response, "staging_completion", None)

@@ -2,6 +2,17 @@
 packing; and a checkpoint of one goes on in another."""
 
 import pytest
+import torch
+
+from tests.model.conftest import tiny_dcdit
+from trainer.checkpoint import read_whole
+from trainer.config import Config
+from trainer.ema import ema_copy
+from trainer.parallel import close_world, open_world
+from trainer.parallel.ddp import DDP, KEEP_BUFFERS
+from trainer.saver import Saver
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 # Sums over other groupings of the same float32 numbers: 20 steps, loss about 1.
 TOLERANCE = 2e-5
@@ -103,6 +114,46 @@ def test_deepspeed_refuses_what_it_cannot_go_on_from(runs):
 def test_bfloat16_follows_float32(runs, short):
     runs.run("bf16", 2, "train.precision=bf16")
     assert runs.losses("bf16") == pytest.approx(short, abs=0.03)
+
+
+@pytest.fixture
+def alone():
+    """DDP around a tiny model, as the only process: made for a device."""
+    opened = []
+
+    def make(device: str) -> DDP:
+        config, model = Config(), tiny_dcdit()
+        config.ema.decay, config.train.precision = 0.9, "fp32"
+        opened.append(open_world(1, device))
+        return DDP(model, [ema_copy(model)], opened[0], config, 4)
+
+    yield make
+    if opened:
+        close_world()
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_ddp_asks_for_no_buffers_and_torch_warns_of_nothing(alone):
+    assert getattr(alone("cpu").model, KEEP_BUFFERS) is False
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_a_save_has_all_that_was_asked_for_before_it_and_nothing_after(alone, device, tmp_path):
+    engine = alone(device)
+    saver = Saver(tmp_path, engine.config, engine.world, engine.model.module.config, lambda text: None)
+    weight = engine.model.module.final_layer.linear.weight
+    engine.state()  # an optimizer makes its state when first asked
+    with torch.no_grad():
+        if device == "cuda":
+            torch.cuda._sleep(1_000_000_000)  # what comes now waits in the queue for about half a second
+        weight.fill_(3.0)
+        saver.start(engine, {"images": 8, "step": 1}, {})
+        saver.staged()
+        weight.fill_(5.0)
+    saver.wait()
+    saver.close()
+    saved = read_whole(tmp_path / f"{8:012d}", "model")["final_layer.linear.weight"]
+    assert (saved == 3.0).all()
 
 
 def test_the_baseline_and_flow_matching_train_by_the_same_loop(runs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -12,6 +13,10 @@ from trainer.ema import lent_to
 from trainer.parallel.apply import checkpoint_blocks, compile_blocks
 from trainer.parallel.engine import TorchEngine
 
+# No buffer changes in training. From torch 2.13 on the argument has another name, and the old one warns.
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+KEEP_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers"
+
 
 class DDP(TorchEngine):
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -19,7 +24,7 @@ class DDP(TorchEngine):
         self._apply(model.to(device))
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(
-            model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            model, device_ids=ids, gradient_as_bucket_view=True, **{KEEP_BUFFERS: False}
         )
 
     def frozen(self, model: nn.Module, host: bool = False) -> nn.Module:
