@@ -41,6 +41,7 @@ from torch import Tensor
 from model.config import SIZES, DCDiTConfig, DiTConfig
 from model.dcdit import DCDiT
 from model.dit import DiT
+from model.embeddings import position_table
 from model.errors import UserError
 from model.pretrained import build, check_state
 
@@ -234,6 +235,7 @@ def _dcdit_config(path, state: dict[str, Tensor], heads: int, sigma: float) -> D
         "router": "cosine" if "hnet.routing_module.q_proj_layer.weight" in state else "spatial",
         "dechunk_sigma": float(sigma) if isinstance(sigma, (int, float)) else sigma,
         "cond_adaptor": "cond_adaptor.weight" in state,
+        "position_stride": _position_stride(state["pos_embed"], side),
         "allow_narrow_encoder": E == 32,
     }
     if E == 32:
@@ -282,6 +284,16 @@ def _side(path, state: dict[str, Tensor]) -> int:
     if side * side != L:
         raise UserError(f"{path}: tensor 'pos_embed' has {L} places, which is no square grid")
     return side
+
+
+def _position_stride(table: Tensor, side: int) -> int:
+    """The `position_stride` whose positions the file stores, which the published layout has no field for; 1 where they
+    are no such table exactly (published averages have drifted from theirs)."""
+    width = table.shape[2]
+    for stride in range(1, side + 1 if width % 4 == 0 else 1):
+        if torch.allclose(table[0].float(), position_table(width, (side, side), stride), rtol=0, atol=0.01):
+            return stride
+    return 1
 
 
 def _depth(path, state: dict[str, Tensor], prefix: str) -> int:

@@ -110,7 +110,16 @@ def test_what_the_file_does_not_say_is_asked_for(released_file):
         load_released(path, which="best")
 
 
-@pytest.mark.parametrize("changes", [{"router": "cosine"}, {"learn_sigma": False}, {"enc_dec_dim_factor": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router": "cosine"},
+        {"learn_sigma": False},
+        {"enc_dec_dim_factor": 1},
+        {"position_stride": 2, "cond_adaptor": True},
+        {"position_stride": 4},
+    ],
+)
 def test_every_kind_of_model_is_recognised(changes, tmp_path):
     model = tiny_dcdit(**({"hidden_size": 64} | changes))
     torch.save({"ema": to_released(model.state_dict())}, tmp_path / "x.pt")
