@@ -10,8 +10,8 @@ elementwise work. `extras=True` adds both: `residual` gets the projection, every
 activations, modulations, gates and skips at the rates below.
 
 Composition: closed heads and channel groups of DyDiT cost nothing (`gates`: what was open), a backbone that TeaCache
-did not run costs what the decision costs (`reused`); the routers of the one and the indicator of the other are in
-the backbone's sum. `of_output` takes both from what a model returned.
+did not run costs what the decision costs (`reused`); the layer of the gates, which always runs, and the indicator are
+in the backbone's sum. `of_output` takes both from what a model returned.
 """
 
 from __future__ import annotations
@@ -102,13 +102,17 @@ def block_flops(config, tokens, tokens_squared, extras: bool = False):
 def _backbone(config, tokens: float, tokens_squared: float, extras: bool, gates: Gates | None) -> float:
     """The transformer blocks over M tokens an image, all of it open or, of each block, these shares."""
     heads, channels, rest = block_flops(config, tokens, tokens_squared, extras)
-    flops = 0.0
-    if config.dydit is not None:
-        flops += linear(1, config.hidden_size, config.depth * 2 * (config.num_heads - 1), extras)
-        flops += NORM * config.hidden_size if extras else 0.0
     if gates is None:
-        return flops + config.depth * (heads + channels + rest)
-    return flops + sum(a * heads + b * channels + rest for a, b in gates)
+        return config.depth * (heads + channels + rest)
+    return sum(a * heads + b * channels + rest for a, b in gates)
+
+
+def _gate_layer(config, extras: bool) -> float:
+    """DyDiT's gates of all blocks from the timestep: once per image, whatever of the blocks then runs."""
+    if config.dydit is None:
+        return 0.0
+    flops = linear(1, config.hidden_size, config.depth * 2 * (config.num_heads - 1), extras)
+    return flops + (NORM * config.hidden_size if extras else 0.0)
 
 
 def _indicator(config, cells: int, extras: bool) -> float:
@@ -129,9 +133,9 @@ def _transform(
     reused: bool | None,
 ) -> float:
     """The backbone as it ran: with these gates, or not at all where TeaCache reused the step before."""
-    if reused is None:
-        return _backbone(config, tokens, tokens_squared, extras, gates)
-    flops = _indicator(config, cells, extras)
+    flops = _gate_layer(config, extras)
+    if reused is not None:
+        flops += _indicator(config, cells, extras)
     if reused:
         return flops + (tokens * config.hidden_size if extras else 0.0)  # adding what the blocks had added
     return flops + _backbone(config, tokens, tokens_squared, extras, gates)

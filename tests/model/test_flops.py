@@ -92,6 +92,21 @@ def test_other_shapes():
     assert cosine["backbone"] == flops(square, 256)["backbone"] and cosine["routing"] > 2 * 2 * 1024 * 384**2
 
 
+@pytest.mark.parametrize("name", ["S", "DiT-S/2"])
+@pytest.mark.parametrize("extras", [False, True])
+def test_the_layer_of_the_gates_runs_whether_or_not_the_backbone_does(name, extras):
+    plain, gated = config.preset(name), config.preset(name, dydit=0.5)
+    width, outputs = plain.hidden_size, plain.depth * 2 * (plain.num_heads - 1)
+    layer = 2 * width * outputs + (
+        outputs + 5 * width if extras else 0
+    )  # 5: LayerNorm without its affine part
+    for reused in (None, False, True):
+        without, with_gates = (
+            flops(c, 256, extras=extras, reused=reused)["backbone"] for c in (plain, gated)
+        )
+        assert with_gates - without == pytest.approx(layer, rel=1e-6), reused
+
+
 @pytest.mark.parametrize("retained", [0, 1025, [], [256, 0], float("nan")])
 def test_counts_outside_of_the_grid_are_refused(retained):
     with pytest.raises(UserError, match="retained"):

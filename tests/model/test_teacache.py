@@ -191,7 +191,8 @@ def test_flops_of_what_ran(kind):
             kept = None if output.routing is None else [int(output.routing.retained[i].sum())]
             gates = None if output.gates is None else output.gates.open[i].mean(-1).tolist()
             plain = flops(config, kept, gates=gates)
-            want = 4 * D * D + (0 if output is second else plain["backbone"])
+            gate_layer = 0 if gates is None else 2 * D * config.depth * 2 * (config.num_heads - 1)
+            want = 4 * D * D + (gate_layer if output is second else plain["backbone"])
             assert part["backbone"] == pytest.approx(want)
             assert part["total"] - part["backbone"] == pytest.approx(plain["total"] - plain["backbone"])
         extra = of_output(config, output, extras=True)[0]
