@@ -84,9 +84,8 @@ class Trainer:
             self.folder / "profile", config.log.profile_from, config.log.profile_steps, world.rank
         )
         self.stop = StopFlag()
-        self.kept: dict[
-            str, Any
-        ] = {}  # what the last evaluation says of the router, for `dcdit sample --budget`
+        # What the last evaluation says of the router, for `dcdit sample --budget`.
+        self.kept: dict[str, Any] = state.get("kept", {})
 
     @property
     def step(self) -> int:
@@ -249,7 +248,7 @@ class Trainer:
             return
         state = {
             "images": self.position, "step": self.step, "world_size": self.world.size, "bad_steps": counts,
-            "config": flatten(self.config),
+            "kept": self.kept, "config": flatten(self.config), **self._more_state(),
         }  # fmt: skip
         run_info = {
             "diffusion": process_kwargs(self.config), "data": self.data.manifest.to_dict(),
@@ -261,6 +260,10 @@ class Trainer:
         with self.stats.outside():
             self.saver.start(self.engine, state, run_info)
         self.saved = self.position
+
+    def _more_state(self) -> dict[str, Any]:
+        """What a run of another kind adds to state.json."""
+        return {}
 
     def _log(self) -> None:
         """The row of the steps since the last one, and what their health asks for."""
@@ -307,10 +310,13 @@ class Trainer:
             "past the data between"
         )
 
-    def _recent_losses(self) -> list[float]:
-        """What ``metrics.jsonl`` still holds, as rank 0 reads it."""
+    def _recent_losses(self, since: int = 0) -> list[float]:
+        """What ``metrics.jsonl`` still holds of the steps that began at image ``since`` or later, as rank 0 reads
+        it."""
         rows = read_rows(self.folder)[-2 * health.Spikes.WINDOW :] if self.world.main else []
-        return self.world.broadcast([r["loss"] for r in rows if isinstance(r.get("loss"), float)])
+        first = since + self.config.train.global_batch_size
+        losses = [r["loss"] for r in rows if r["images"] >= first and isinstance(r.get("loss"), float)]
+        return self.world.broadcast(losses)
 
     def _find_checkpoint(self) -> Path | None:
         """The run's own newest checkpoint, else ``checkpoint.resume_from``; settled by rank 0 for all."""

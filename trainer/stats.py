@@ -39,11 +39,13 @@ class StepStats:
     def __init__(self, config: Config, world: World, model_config: Any) -> None:
         self.config, self.world, self.model_config = config, world, model_config
         name = torch.cuda.get_device_name() if world.device.type == "cuda" else ""
+        self.teacher: Any = None  # config of the model that is followed, if any
         self.peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
         self._reset()
 
     def _reset(self) -> None:
         self.steps: list[torch.Tensor] = []  # one row of KEYS and the gradient norm per step, on the device
+        self._followed: list[set[str]] = []  # per step: which of FOLLOWING it had
         self._parts: list[dict[str, torch.Tensor]] = []
         self.seconds_data = self._away = 0.0
         self._start = time.perf_counter()
@@ -73,6 +75,7 @@ class StepStats:
             for k, c in zip(KEYS, columns, strict=True)
         ]
         self.steps.append(torch.stack([*summed, norm.detach().float()]))
+        self._followed.append(self._parts[0].keys() & set(FOLLOWING))
         self._parts = []
         self.lr, self.rho = lr, tail_drop
 
@@ -85,7 +88,8 @@ class StepStats:
         dist.all_gather(everyone, local, group=self.world.control)
         table = torch.stack(everyone).double()  # rank, step, key
         count = len(self.steps)
-        table = table[:, torch.isfinite(table).all(dim=2).all(dim=0)]
+        finite = torch.isfinite(table).all(dim=2).all(dim=0)
+        table = table[:, finite]
         if table.shape[1] == 0:
             self._reset()
             return None
@@ -96,7 +100,10 @@ class StepStats:
             "step": step, "images": images, "loss": mean["loss"], "loss_diffusion": mean["loss_diffusion"],
             "loss_mse": mean["loss_mse"], "loss_vlb": mean["loss_vlb"], "loss_ratio": mean["loss_ratio"],
         }  # fmt: skip
-        row |= {key: mean[key] for key in FOLLOWING if mean[key]}
+        for key in FOLLOWING:  # over the steps that had it: a row may span the end of the stage
+            had = torch.tensor([key in step for step in self._followed])[finite]
+            if had.any():
+                row[key] = float(table[:, had, KEYS.index(key)].mean())
         row |= self._tokens(table, mean)
         if self.model_config.dydit is not None:  # of the backbone's FLOPs, what the open gates cost
             row |= {"loss_flops": mean["loss_flops"], "backbone_share": mean["backbone_share"]}
@@ -130,9 +137,13 @@ class StepStats:
         return row
 
     def _speed(self, row: dict[str, Any]) -> dict[str, Any]:
-        """TFLOP/s per device, forward and backward counted as three forwards, and its share of the peak."""
+        """TFLOP/s per device, forward and backward counted as three forwards, and its share of the peak. A teacher
+        that was followed counts as one forward of its own."""
         retained = None if row["tokens"] is None else row["tokens"] / self.config.train.global_batch_size
         per_image = 3 * flops(self.model_config, retained)["total"]
+        followed = sum(map(bool, self._followed)) / len(self._followed)
+        if followed:
+            per_image += followed * flops(self.teacher)["total"]
         tflops = per_image * row["images_per_second"] / self.world.size / 1e12
         if not math.isfinite(tflops):
             return {}

@@ -12,6 +12,7 @@ same command resumes; `trainer/train.py` with `upcycle.teacher` set is the same.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from model.errors import UserError
 from model.pretrained import CONFIG, read_config
 from model.weights import load_dit, read_dit_config
 from trainer import train
-from trainer.checkpoint import find_export
+from trainer.checkpoint import find_export, read_state
 from trainer.config import Config
 from trainer.data import Manifest
 from trainer.loop import Trainer
@@ -94,13 +95,31 @@ def load_teacher(config: Config) -> DiT:
         raise UserError(f"upcycle.teacher: {error}") from None
 
 
+def identify(config: Config, teacher: DiT) -> dict[str, str]:
+    """``path``, where ``upcycle.teacher`` leads to at present, and ``sha256`` of the weights read from there."""
+    path, digest = Path(config.upcycle.teacher), hashlib.sha256()
+    for name, value in sorted(teacher.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy())
+    path = find_export(path) if path.is_dir() else path
+    return {"path": str(path.resolve()), "sha256": digest.hexdigest()}
+
+
 def _heads(config: Config, path: Path) -> int:
     """A `.pt` does not say how many heads there are, and none of its shapes does. Known sizes have their number; of
-    others, the model's own is taken: it has to be the same."""
+    others, the model's own is taken: it has to be the same, so width and depth have to be."""
     teacher = read_dit_config(path, heads=1)
+    size = (teacher.hidden_size, teacher.depth)
     known = {(width, depth): heads for width, depth, heads in SIZES.values()}
+    if size in known:
+        return known[size]
     own = preset(config.model.preset, **config.model.overrides)
-    return known.get((teacher.hidden_size, teacher.depth), own.num_heads)
+    if size != (own.hidden_size, own.depth):
+        raise UserError(
+            f"{path} has width {size[0]} and depth {size[1]}, the model (model.preset={config.model.preset}) width "
+            f"{own.hidden_size} and depth {own.depth}; set hidden_size, depth and num_heads in model.overrides"
+        )
+    return own.num_heads
 
 
 def check_teacher(config: Config, sizes: DCDiTConfig, manifest: Manifest) -> None:
@@ -274,6 +293,7 @@ class UpcycleTrainer(Trainer):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.patch = self._pretrained.config.patch_size
+        self.stats.teacher = self._pretrained.config
         self.teacher: nn.Module | None = None
         if self.distilling:
             self.teacher = self.engine.frozen(self._pretrained)
@@ -283,6 +303,9 @@ class UpcycleTrainer(Trainer):
     def _build_model(self) -> DCDiT:
         model = super()._build_model()
         self._pretrained = load_teacher(self.config)
+        self.identity = self.world.broadcast(
+            identify(self.config, self._pretrained) if self.world.main else None
+        )
         transplant(self._pretrained, model)
         if self.config.upcycle.freeze_embedders:
             freeze_embedders(model)
@@ -291,8 +314,42 @@ class UpcycleTrainer(Trainer):
     @property
     def distilling(self) -> bool:
         """The present step is one of the distillation stage."""
+        return self._in_stage(self.position)
+
+    def _in_stage(self, position: int) -> bool:
         options = self.config.upcycle
-        return options.distill != "none" and self.position < options.distill_images
+        return options.distill != "none" and position < options.distill_images
+
+    def _more_state(self) -> dict[str, Any]:
+        return {"teacher": self.identity}
+
+    def _restore(self) -> dict[str, Any]:
+        self.changed: str | None = None
+        if self.resume is not None:
+            self._compare_teacher(read_state(self.resume))
+        return super()._restore()
+
+    def _compare_teacher(self, state: dict[str, Any]) -> None:
+        """A run follows one teacher: a folder whose newest checkpoint has moved on is another.
+
+        Raises:
+            UserError: in the distillation stage; after it there is a line in ``_announce``.
+        """
+        before, now = state.get("teacher"), self.identity
+        if before is None or before["sha256"] == now["sha256"]:
+            return
+        was = before["path"]
+        text = f"upcycle.teacher: {now['path']} has other weights than the teacher this run began with, {was}"
+        if self._in_stage(state["images"]):
+            there = was != now["path"] and Path(was).exists()
+            mend = f"set upcycle.teacher={was}" if there else "put that one back"
+            raise UserError(f"{text}; {mend}, or start another run with another run.dir")
+        self.changed, self.identity = text, before
+
+    def _recent_losses(self, since: int = 0) -> list[float]:
+        """After the stage without the losses of the stage, which are sums of other things."""
+        over = self.config.upcycle.distill != "none" and not self.distilling
+        return super()._recent_losses(self.config.upcycle.distill_images if over else since)
 
     def forward_backward(self, batch: dict[str, Tensor], tail_drop: float, scale: float) -> dict[str, Tensor]:
         """As ``Trainer.forward_backward``; in the distillation stage with the teacher's part in the loss.
@@ -345,6 +402,8 @@ class UpcycleTrainer(Trainer):
     def _announce(self) -> None:
         super()._announce()
         options, frozen = self.config.upcycle, ""
+        if self.changed is not None:
+            self._say(f"warning: {self.changed}; distillation is over, so the run goes on")
         if options.freeze_embedders:
             frozen = ", embedders of t and y frozen"
         stage = f"distillation ({options.distill}) up to image {options.distill_images}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -124,6 +125,11 @@ class Runs:
             flat = {key: value for key, value in flat.items() if "fp32_flat_groups" not in key}
             flat |= get_fp32_state_dict_from_zero_checkpoint(str(own), tag="state")
         return flat
+
+    def infos(self, name: str) -> dict[str, dict]:
+        """ema/run.json of every checkpoint."""
+        found = (self.folder / name / "checkpoints").glob("[0-9]*/ema/run.json")
+        return {file.parts[-3]: json.loads(file.read_text()) for file in sorted(found)}
 
     def latest(self, name: str) -> int:
         """Position of the newest finished checkpoint, -1 when there is none."""

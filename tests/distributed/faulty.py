@@ -57,7 +57,9 @@ def full_disk(write):
 class Faulty(trainer.loop.Trainer):
     def train_step(self, batches):
         if KIND == "watch" and self.teacher is not None:
-            held = [getattr(p, "ds_tensor", getattr(p, "_local_tensor", p)) for p in self.teacher.parameters()]
+            held = [
+                getattr(p, "ds_tensor", getattr(p, "_local_tensor", p)) for p in self.teacher.parameters()
+            ]
             self.watched, held = [weakref.ref(part) for part in held], None
         super().train_step(batches)
         if KIND == "watch" and self.teacher is None and self.watched:

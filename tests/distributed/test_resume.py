@@ -75,6 +75,7 @@ def test_sigkill_at_random_moments_then_the_same_command_gives_the_same_bits(run
     assert (f"{saved:012d}" in output and "resumed from" in output) or saved < 0, struck
     assert_same_bits(runs.state(whole(engine)), runs.state(name))
     assert runs.losses(name) == runs.losses(whole(engine)), "every step once in metrics.jsonl, the same loss"
+    assert runs.infos(name) == runs.infos(whole(engine))
     assert (len(drawn(runs, name)) == 2) == ("eval.samples=4" in ENGINES[engine])
     assert evaluated(runs, name) == evaluated(runs, whole(engine)), "and every evaluation"
     assert set(struck) - {"step", "start", "end"}, f"no save and no evaluation was hit: {struck}"
@@ -125,6 +126,9 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing_and_is_settled(runs, whole
         (checkpoints / ".writing-000000000072" / "__0_0.distcp").write_bytes(b"half")
     assert "resumed from" in runs.run(name, 2, *ENGINES["fsdp"])
     assert_same_bits(runs.state(whole("fsdp")), runs.state(name))
+    infos = runs.infos(name)
+    assert infos == runs.infos(whole("fsdp"))
+    assert [info["router"]["images"] for info in infos.values()] == [48, 48, 96], "as last evaluated"
     assert not list(checkpoints.glob(".*-*"))
     assert runs.latest(name) == 96
     assert len(list(checkpoints.glob("[0-9]*"))) == 3  # checkpoint.keep_last

@@ -1,14 +1,18 @@
 """Upcycled runs of the real trainer: what stays frozen, the stage that ends, resuming on both sides, the engines."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
-from model import DiT, preset
+from model import DCDiT, DiT, preset
+from model.flops import flops
+from model.pretrained import read_config
 from tests.distributed.conftest import Runs, assert_same_bits
 from tests.model.conftest import liven
 from trainer.data import open_source
+from trainer.health import Spikes
 from trainer.train import main as train
 from trainer.upcycle import main as upcycle
 
@@ -91,6 +95,57 @@ def test_resuming_inside_and_outside_of_the_stage_gives_the_same_bits(here, whol
         here.run("resumed", 1, "parallel.engine=ddp", *settings(teacher), f"train.total_images={images}")
     assert_same_bits(here.state(whole), here.state("resumed"))
     assert here.losses("resumed") == here.losses(whole)
+
+
+def test_rows_count_the_teacher_in_the_steps_that_had_it(here, whole, teacher):
+    """A row may span the end of the stage: losses are means over the steps of the stage, FLOPs have their share."""
+    here.run("rows", 1, "parallel.engine=ddp", *settings(teacher), "log.every=4", "train.total_images=64")
+    across, one = here.rows("rows")[1], {row["images"]: row for row in here.rows(whole)}
+    for key in ("loss_blocks", "loss_teacher_noise", "loss_teacher_variance"):
+        assert across[key] == pytest.approx((one[40][key] + one[48][key]) / 2, rel=1e-5)
+    sizes = read_config(DCDiT, here.folder / whole / "checkpoints" / f"{96:012d}" / "ema" / "config.json")
+    extra = flops(DiT.from_pretrained(teacher).config)["total"]
+    for row, share in ((one[48], 1.0), (across, 0.5), (one[56], 0.0)):
+        spent = row["tflops"] * 1e12 / row["images_per_second"]
+        expected = 3 * flops(sizes, row["tokens"] / 8)["total"] + share * extra
+        assert spent == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_end_of_the_stage_is_no_spike_after_a_restart(here, teacher):
+    """The losses of the stage are sums of other things: here they are far below those that follow."""
+    weights = ["upcycle.diffusion_weight=0", "upcycle.ratio_weight=0", "upcycle.block_weight=0.01"]
+    stage = 8 * Spikes.ENOUGH
+    settled = ["upcycle.distill=blocks", f"upcycle.distill_images={stage}", "health.spike_stop=true"]
+    for images in (stage, stage + 8):
+        here.run(
+            "spikes", 1, "parallel.engine=ddp", *settings(teacher), *settled, *weights,
+            f"train.total_images={images}", f"checkpoint.every={stage}", f"eval.every={stage}",
+        )  # fmt: skip
+    losses = here.losses("spikes")
+    assert len(losses) == Spikes.ENOUGH + 1 and losses[-1] > 10 * max(losses[:-1])
+
+
+def test_another_teacher_is_refused_in_the_stage_and_named_after_it(here, whole, teacher, tmp_path, capsys):
+    other, same = tmp_path / "other", tmp_path / "same"
+    shutil.copytree(teacher, same)
+    model = DiT.from_pretrained(teacher)
+    with torch.no_grad():
+        model.final_layer.linear.bias.add_(1.0)
+    model.save_pretrained(other)
+
+    def go_on(given, images: int, status: int) -> tuple[str, str]:
+        found = here.folder / whole / "checkpoints" / f"{images:012d}"
+        here.run(
+            f"{given.name}-{images}", 1, "parallel.engine=ddp", *settings(given), f"train.total_images={images}",
+            f"checkpoint.resume_from={found}", status=status,
+        )  # fmt: skip
+        return capsys.readouterr()
+
+    error = go_on(other, 24, 2)[1]
+    assert error.startswith(f"error: upcycle.teacher: {other} has other weights") and error.count("\n") == 1
+    assert f"set upcycle.teacher={teacher}, or start another run" in error
+    assert f"warning: upcycle.teacher: {other} has other weights" in go_on(other, 72, 0)[0]
+    assert "warning" not in go_on(same, 24, 0)[0], "the same weights in another place are the same teacher"
 
 
 def test_train_goes_on_with_it_and_the_export_is_a_model(here, whole, teacher):

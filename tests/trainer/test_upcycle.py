@@ -280,6 +280,19 @@ def test_a_known_size_is_offered_as_a_preset(folder):
         check(config)
 
 
+def test_a_file_of_no_known_size_has_to_have_the_models_width_and_depth(tmp_path):
+    """Its number of heads is not in it, so the model's is taken, which need not divide another width."""
+    for changes in ({"hidden_size": 120, "num_heads": 3}, {"hidden_size": 64, "num_heads": 4, "depth": 3}):
+        torch.save(to_released(tiny_dit(**changes).state_dict()), tmp_path / "dit.pt")
+        with pytest.raises(UserError) as caught:
+            check(settings(tmp_path / "dit.pt"))
+        message = str(caught.value)
+        assert message.startswith(
+            f"upcycle.teacher: {tmp_path / 'dit.pt'} has width {changes['hidden_size']} and"
+        )
+        assert "width 64 and depth 2" in message and "model.overrides" in message and "divide" not in message
+
+
 def test_a_teacher_of_other_data_or_another_process_is_refused(folder, tmp_path):
     for name, change, words in (
         ("flow", {"diffusion": {"kind": "flow", "num_timesteps": 1000}}, "diffusion.kind=flow, not gaussian"),
