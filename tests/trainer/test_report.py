@@ -277,6 +277,10 @@ def test_long_lines_are_thinned_but_keep_their_spikes():
 @pytest.mark.parametrize("low,high", [(0, 1), (0.93, 1.07), (-3, 1e6), (2e-7, 3e-7), (5, 5)])
 def test_ticks_are_round_and_cover_the_range(low, high):
     found = charts.ticks(low, high)
+    step = found[1] - found[0]
+    assert np.allclose(np.diff(found), step) and f"{step:.6e}"[:4] in ("1.00", "2.00", "2.50", "5.00")
+    assert np.allclose(np.array(found) / step, np.round(np.array(found) / step), atol=1e-6)
+    assert found[0] - low < step and max(high, low + (low == high)) - found[-1] < step * (1 + 1e-9)
     assert 2 <= len(found) <= 8 and found == sorted(found)
     assert found[0] >= low - 1e-9 and found[-1] <= max(high, low + 1) + 1e-9
 
@@ -284,6 +288,15 @@ def test_ticks_are_round_and_cover_the_range(low, high):
 def test_smoothing_is_a_mean_from_the_first_point_on():
     smooth = charts.smooth([(i, 3.0) for i in range(10)], 4)
     assert np.allclose([y for _, y in smooth], 3.0)
+    step = dict(charts.smooth([(i, float(i >= 50)) for i in range(80)], 4))
+    assert step[49] == 0 and step[50] == pytest.approx(1 / 4, abs=1e-5), (
+        "a span of four: one in four of the weight"
+    )
+    assert step[53] == pytest.approx(1 - 0.75**4, abs=1e-5) and step[79] > 0.999
+    assert charts.smooth([(0, 1.0), (1, float("nan")), (2, 3.0)], 2)[1] == (
+        2,
+        pytest.approx((0.5 * 1 + 3) / 1.5),
+    )
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
