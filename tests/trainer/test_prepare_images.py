@@ -18,6 +18,7 @@ from trainer import prepare
 from trainer.data import Manifest, encode, images, open_source
 from trainer.data.images import Options, prepare_images
 from trainer.data.listing import centre_crop, list_images, reader, split_and_order
+from trainer.vae import load_vae
 
 Image = pytest.importorskip("PIL.Image")
 ROOT = Path(prepare.__file__).parents[1]
@@ -184,7 +185,7 @@ def test_latents_of_both_orientations(source, vae, tmp_path):
     )
     data = open_source(tmp_path / "out")
     first = split_and_order(list_images(source), 6, 0)["train"][0]
-    model = encode.load_vae(str(vae))
+    model = load_vae(str(vae))
     with Image.open(source / first.name) as image:
         crop = centre_crop(image, 32)
     x = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -252,7 +253,7 @@ def test_broken_images_are_skipped_and_listed(flawed, tmp_path, capsys):
 
 
 def test_latents_that_are_not_finite_are_skipped(source, vae, tmp_path, monkeypatch):
-    model = encode.load_vae(str(vae))
+    model = load_vae(str(vae))
     model.encoder.conv_in.weight.data[0] = float("nan")
     made = encode.Latents(model)([np.zeros((32, 32, 3), np.uint8)] * 2)
     assert made == ["its latents are not finite"] * 2
@@ -403,7 +404,7 @@ def test_two_at_once(source, tmp_path):
         ({"max_errors": -1}, "--max-errors"),
         ({"scale": 0.5}, "--scale 0.5.*latents only"),
         ({"device": "cuda:99", "vae": "none"}, "--device cuda:99: cannot be used"),
-        ({"vae": "./nowhere"}, "--vae ./nowhere: no such folder"),
+        ({"vae": "./nowhere"}, "--vae: ./nowhere: no such folder.*--vae none"),
         ({"vae": str(ROOT)}, "does not load as an AutoencoderKL.*--vae none"),
     ],
 )
@@ -414,7 +415,7 @@ def test_bad_options(source, tmp_path, change, match):
 
 
 def test_a_size_the_vae_does_not_divide(vae):
-    model = encode.load_vae(str(vae))
+    model = load_vae(str(vae))
     assert encode.latent_shape(model, 40) == (4, 5, 5)
     with pytest.raises(UserError, match="--size 44: this VAE needs a multiple of 8: 40"):
         encode.latent_shape(model, 44)

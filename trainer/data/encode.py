@@ -1,10 +1,8 @@
 """Images to what is stored: the mean and standard deviation of a VAE's latents, or the pixels themselves."""
 
 import contextlib
-import os
 from collections.abc import Sequence
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +14,6 @@ from trainer.data.size import Size, as_flag, as_size
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 DEFAULT_SCALE = 0.18215
-
-
-def load_vae(name: str, device: str = "cpu") -> Any:
-    """diffusers' AutoencoderKL from a folder (its own, or a pipeline's with vae/ in it) or from the hub; fp32.
-
-    Raises UserError that names the mend: diffusers is missing, or there is no such model.
-    """
-    path = os.path.expanduser(name)
-    if not os.path.isdir(path) and (path.startswith(("/", ".", "~")) or os.path.exists(path)):
-        raise UserError(f"--vae {name}: no such folder: give a diffusers AutoencoderKL, or none for pixels")
-    if find_spec("diffusers") is None:
-        raise UserError(
-            "--vae: needs the package diffusers: pip install 'dcdit[vae]', or --vae none for pixels"
-        )
-    where = {"subfolder": "vae"} if os.path.isfile(os.path.join(path, "vae", "config.json")) else {}
-    try:
-        from diffusers import AutoencoderKL
-        from diffusers.utils import logging
-
-        logging.set_verbosity_error()
-        vae = AutoencoderKL.from_pretrained(
-            path if os.path.isdir(path) else name, low_cpu_mem_usage=False, **where
-        )
-    except (
-        Exception
-    ) as error:  # a missing file, no network, no such repository, weights of another model, ...
-        what = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".: ")
-        raise UserError(
-            f"--vae {name}: does not load as an AutoencoderKL ({what}): without a network give a local folder "
-            "with config.json and diffusion_pytorch_model.safetensors; or --vae none for pixels"
-        ) from error
-    if getattr(vae.config, "shift_factor", None) or getattr(vae.config, "latents_mean", None):
-        raise UserError(
-            f"--vae {name}: its latents are shifted, which this format does not keep: give another"
-        )
-    return vae.float().eval().requires_grad_(False).to(device)
 
 
 def fingerprint(vae: Any) -> str:

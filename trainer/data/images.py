@@ -28,6 +28,7 @@ from trainer.data.manifest import NAME, Manifest, checksum
 from trainer.data.open import open_source
 from trainer.data.shards import write_index
 from trainer.data.size import Size, as_flag, as_size, brief, in_words
+from trainer.vae import load_vae
 
 PROGRESS, SKIPPED = "progress.json", "skipped.txt"
 SPLITS = ("train", "heldout")
@@ -127,7 +128,10 @@ def make_plan(options: Options) -> Plan:
     size = as_size(options.size)
     kind, shape, scale, weights = "pixels", (3, *size), 1.0, ""
     if options.vae != "none":
-        vae = encode.load_vae(options.vae)
+        try:
+            vae = load_vae(options.vae)
+        except UserError as error:
+            raise UserError(f"{error}; or --vae none for pixels") from None
         kind, shape, weights = "latents", encode.latent_shape(vae, size), encode.fingerprint(vae)
         scale = options.scale or getattr(vae.config, "scaling_factor", None) or encode.DEFAULT_SCALE
     numbers = shape[0] * shape[1] * shape[2]

@@ -21,6 +21,7 @@ from trainer.data import encode
 from trainer.data.images import Done, Options
 from trainer.data.listing import Item, centre_crop, parts_of, reader
 from trainer.data.shards import write_shard
+from trainer.vae import load_vae
 
 Work = dict[tuple[str, int], list[Item]]
 
@@ -41,7 +42,7 @@ class Maker:
         self.threads = ThreadPoolExecutor(max(1, threads))
         self.encoder: Any = encode.Pixels()
         if options.vae != "none":
-            self.encoder = encode.Latents(encode.load_vae(options.vae, device), options.mirror)
+            self.encoder = encode.Latents(load_vae(options.vae, device), options.mirror)
 
     def _decode(self, item: Item) -> np.ndarray | str:
         """The cropped image, or why there is none."""

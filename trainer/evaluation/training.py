@@ -29,7 +29,7 @@ from trainer.evaluation.draw import Sink, draw
 from trainer.evaluation.images import Decode, Pictures, Shards, decoder, open_pictures
 from trainer.evaluation.reference import Reference, find_reference, load_reference
 from trainer.parallel import World
-from trainer.sampling.decode import load_vae
+from trainer.vae import load_vae
 
 SHEET = 36  # pictures on the sheet, at most
 SPLITS = ("train", "heldout")

@@ -85,7 +85,8 @@ def _draw(c: Comparison, effort: Effort, args: argparse.Namespace, say: Callable
     from model.errors import UserError
     from trainer.drawing import Settings, generate, load_source
     from trainer.pictures import data_uri
-    from trainer.sampling.decode import load_vae, to_pictures
+    from trainer.sampling.decode import to_pictures
+    from trainer.vae import load_vae_for
 
     without = []
     for run in c.runs:
@@ -97,11 +98,12 @@ def _draw(c: Comparison, effort: Effort, args: argparse.Namespace, say: Callable
             without.append(run.name)
             continue
         settings = Settings(steps=effort.steps, seed=args.seed)
+        vae = load_vae_for(args.vae if source.latent else None, source)  # some of the runs may make pixels
         labels = spread(source.num_classes, effort.budget)
         drawn = generate(
             source, labels, settings, lambda text, run=run: say(f"{run.name}: {text}" if text else "")
         )
-        shots, _ = to_pictures(source, drawn.images, load_vae(args.vae, source.device) if args.vae else None)
+        shots, _ = to_pictures(source, drawn.images, vae)
         run.samples = [(source.class_names[k], data_uri(shot)) for k, shot in zip(labels, shots, strict=True)]
         kept = "" if drawn.kept is None else f"{drawn.kept.mean():.1%} of the tokens, "
         run.cost = f"{kept}{short(float(drawn.gflops.mean()))} GFLOPs"

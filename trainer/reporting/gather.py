@@ -85,13 +85,14 @@ def _source(run: Path, device: str, f: Findings):
 def _draw_samples(source, effort: Effort, args: argparse.Namespace, f: Findings, say) -> None:
     """The sheet at full budget, then some of its classes again, from the same noise, at the other budgets."""
     from trainer.drawing import Settings, generate
-    from trainer.sampling.decode import LATENT_NOTE, load_vae, to_pictures
+    from trainer.sampling.decode import LATENT_NOTE, to_pictures
+    from trainer.vae import load_vae_for
 
     method = source.process.methods[0]
     settings = Settings(steps=effort.steps, method=method, seed=args.seed)
     labels = spread(source.num_classes, effort.sheet)
     few = spread(len(labels), effort.budget)
-    vae = load_vae(args.vae, source.device) if args.vae else None
+    vae = load_vae_for(args.vae, source)
     for rho in TAIL_DROPS if routes(source) else TAIL_DROPS[:1]:
         wanted = labels if rho == 0 else [labels[i] for i in few]
         progress = _with_prefix(say, f"drop {rho:.0%}: ")

@@ -6,31 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model.errors import UserError
-
 if TYPE_CHECKING:  # torch is not needed to know the names
     from trainer.sampling.source import Source
 
 LATENT_NOTE = "false colours of the VAE's latents, not photographs"
 DECODED_NOTE = "photographs decoded from latents"
-
-
-def load_vae(path: str, device):
-    """The diffusers AutoencoderKL in `path`, in eval mode.
-
-    Raises:
-        UserError: diffusers is not installed, or the folder holds no such model.
-    """
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise UserError('--vae: diffusers is not installed; pip install -e ".[vae]"') from None
-    try:
-        return AutoencoderKL.from_pretrained(path).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--vae: {path} does not load as an AutoencoderKL: {str(error).splitlines()[0]}"
-        ) from None
 
 
 def to_pictures(source: Source, images, vae=None, batch: int = 8) -> tuple[list[np.ndarray], str]:
