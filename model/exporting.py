@@ -44,6 +44,16 @@ def usual_capacity(config) -> float:
     return min(1.0, 2 / config.target_ratio) if hasattr(config, "target_ratio") else 1.0
 
 
+def check_step(capacity: float | None, batch: int | None, dynamic: bool = False) -> None:
+    """Raises UserError for numbers that `export_step` does not take."""
+    if capacity is not None and not 0 < capacity <= 1:
+        raise UserError(f"capacity: {capacity} is not above 0 and at most 1")
+    if batch is not None and (batch < 1 or (dynamic and batch > MOST_IMAGES)):
+        raise UserError(
+            f"batch: must be {f'between 1 and {MOST_IMAGES}' if dynamic else 'at least 1'}, not {batch}"
+        )
+
+
 def export_step(
     model: nn.Module,
     capacity: float | None = None,
@@ -60,10 +70,7 @@ def export_step(
     Raises UserError for numbers out of range, or a model with DyDiT's gates.
     """
     capacity = usual_capacity(model.config) if capacity is None else capacity
-    if not 0 < capacity <= 1:
-        raise UserError(f"capacity: {capacity} is not above 0 and at most 1")
-    if batch < 1 or (dynamic and batch > MOST_IMAGES):
-        raise UserError(f"batch: must be between 1 and {MOST_IMAGES}, not {batch}")
+    check_step(capacity, batch, dynamic)
     if getattr(model, "gates", None):
         raise UserError("dydit: DyDiT decides the widths of the backbone on the host, so no graph has them")
     device = next(model.parameters()).device

@@ -192,8 +192,8 @@ def clipped(process, model_fn):
         if process.kind == "flow":  # x = x0 + t v
             base, slope = one, one * (t_model / process.num_timesteps).view(-1, 1, 1, 1)
         else:  # x = base x0 + slope epsilon
-            base = process.add_noise(one, 0 * one, t_model)
-            slope = process.add_noise(0 * one, one, t_model)
+            abar = process.abar(t_model).view(-1, 1, 1, 1)
+            base, slope = abar.sqrt().to(x), (1 - abar).sqrt().to(x)
         clean = ((x - slope * prediction) / base).clamp(-1, 1)
         # Flow's last corrector step is at t = 0, where x is the clean image whatever is predicted.
         prediction = torch.where(slope > 0, (x - base * clean) / slope.clamp(min=1e-8), prediction)

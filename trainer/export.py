@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from model.errors import UserError
+from trainer.elastic import calibration_file
 from trainer.signals import EXIT_BAD_INPUT, EXIT_OK
 
 INDEX = "model_index.json"
@@ -32,12 +34,14 @@ SCHEDULERS = {"gaussian": "DDPMScheduler", "flow": "FlowMatchEulerDiscreteSchedu
 
 @dataclass
 class Weights:
-    """Whole fp32 tensors by name, the model's config, what run.json says, and what to call them."""
+    """Whole fp32 tensors by name, the model's config, what run.json says, what to call them, and the file of
+    `dcdit sweep --calibrate` that was measured on them."""
 
     sizes: Any
     tensors: dict[str, Any]
     run: dict[str, Any]
     name: str
+    calibration: Path | None = None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,6 +110,7 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: nothing to write, flags that do not go together, or a target that is there already.
     """
+    from model.exporting import check_step
     from model.pretrained import WEIGHTS
 
     pipeline = arguments.pipeline or arguments.vae
@@ -117,6 +122,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError("--capacity and --batch belong to --torch-export FILE.pt2")
     if arguments.torch_export and Path(arguments.torch_export).suffix != ".pt2":
         raise UserError(f"--torch-export: {arguments.torch_export} should end in .pt2")
+    try:
+        check_step(arguments.capacity, arguments.batch)
+    except UserError as error:
+        raise UserError(f"--{error}") from None
     if arguments.overwrite:
         return
     for name in (WEIGHTS, INDEX) if arguments.to else ():
@@ -146,7 +155,12 @@ def read(arguments: argparse.Namespace) -> Weights:
     checkpoint = find_checkpoint(source)
     name = choose(checkpoint, which, decay)
     run = json.loads((checkpoint / "ema" / "run.json").read_text()) | {"weights": name}
-    return Weights(read_sizes(checkpoint), read_weights(checkpoint, name), run, f"{name} of {checkpoint}")
+    if name != "ema":
+        run.pop("router", None)  # what training noted for --budget is of the first average
+    weights = read_weights(checkpoint, name)
+    return Weights(
+        read_sizes(checkpoint), weights, run, f"{name} of {checkpoint}", calibration_file(checkpoint / name)
+    )
 
 
 def _read_exported(source: Path, heads: int | None, sigma: float | None) -> Weights:
@@ -154,7 +168,10 @@ def _read_exported(source: Path, heads: int | None, sigma: float | None) -> Weig
 
     found = load_source(source, "cpu", heads, sigma)
     known = {"diffusion": process_kwargs(found.process), "data": found.data}
-    return Weights(found.model.config, found.model.state_dict(), known | found.run, f"weights of {source}")
+    return Weights(
+        found.model.config, found.model.state_dict(), known | found.run, f"weights of {source}",
+        calibration_file(found.path),
+    )  # fmt: skip
 
 
 def write(weights: Weights, arguments: argparse.Namespace) -> None:
@@ -168,27 +185,37 @@ def write(weights: Weights, arguments: argparse.Namespace) -> None:
         if arguments.pipeline or arguments.vae:
             vae = None
             if arguments.vae:
-                from trainer.data.encode import load_vae
+                from trainer.vae import check_vae, load_vae
 
-                vae = load_vae(arguments.vae)
+                vae, data = load_vae(arguments.vae), weights.run["data"]
+                check_vae(vae, data.get("kind") != "pixels", weights.sizes.in_channels)
             save_pipeline(to, weights.sizes, weights.tensors, weights.run, vae)
+            copy_calibration(weights.calibration, to / "transformer")
         else:
             from trainer import checkpoint as files
 
             files.export(to, weights.sizes, weights.tensors, weights.run)
+            copy_calibration(weights.calibration, to)
     except OSError as error:
         raise UserError(f"--to: cannot write {to}: {error.strerror or error}") from None
 
 
+def copy_calibration(file: Path | None, to: Path) -> None:
+    """The calibration into the folder of its weights; where there is none, that of others goes."""
+    place = calibration_file(to)
+    if file is None or not file.is_file():
+        place.unlink(missing_ok=True)
+    elif file.resolve() != place.resolve():
+        shutil.copyfile(file, place)
+
+
 def save_pipeline(
-    to: Path, sizes: Any, tensors: dict[str, Any], run: dict[str, Any], vae: Any = None
+    to: Path, sizes: Any, tensors: dict[str, Any], run: dict[str, Any], vae: Any = None, scheduler: Any = None
 ) -> None:
     """The folder that `trainer.pipeline.DCDiTPipeline.from_pretrained` reads; see there for its layout.
 
-    sizes, tensors, run: as in `Weights`. vae: a diffusers AutoencoderKL, for a model of latents.
-
-    Raises:
-        UserError: a VAE for pixels, or one whose latents are not the model's.
+    sizes, tensors, run: as in `Weights`. vae: a diffusers AutoencoderKL, for a model of latents. scheduler: one of
+    diffusers, None for that of the run's process.
     """
     from model import DCDiT
     from trainer import checkpoint as files
@@ -196,19 +223,16 @@ def save_pipeline(
     process = run["diffusion"]
     components = {
         "transformer": ["model", "DCDiT" if isinstance(sizes, DCDiT.config_class) else "DiT"],
-        "scheduler": ["diffusers", SCHEDULERS[process["kind"]]],
+        "scheduler": ["diffusers", type(scheduler).__name__ if scheduler else SCHEDULERS[process["kind"]]],
         "vae": ["diffusers", "AutoencoderKL"] if vae else [None, None],
     }
     if vae is not None:
-        if run["data"].get("kind") == "pixels":
-            raise UserError("--vae: the model makes pixels, which need none; leave it out")
-        if vae.config.latent_channels != sizes.in_channels:
-            raise UserError(
-                f"--vae: its latents have {vae.config.latent_channels} channels, the model's {sizes.in_channels}"
-            )
         vae.save_pretrained(to / "vae")
     files.export(to / "transformer", sizes, tensors, run)
-    _write_json(to / "scheduler" / "scheduler_config.json", scheduler_config(run))
+    if scheduler is None:
+        _write_json(to / "scheduler" / "scheduler_config.json", scheduler_config(run))
+    else:
+        scheduler.save_pretrained(to / "scheduler")
     # Last: with it the folder is whole.
     _write_json(to / INDEX, {"_class_name": "DCDiTPipeline", **components})
 

@@ -27,7 +27,7 @@ import torch
 
 from model.errors import UserError
 from trainer.drawing import Settings, generate
-from trainer.export import INDEX, process_kwargs, save_pipeline
+from trainer.export import INDEX, process_kwargs, save_pipeline, scheduler_config
 from trainer.sampling.decode import to_pictures
 from trainer.sampling.progress import Line
 from trainer.sampling.source import Source, as_source, load_source
@@ -72,8 +72,8 @@ class DCDiTPipeline(_Base):
     AutoencoderKL, for latents. run: what run.json says (process, data, precision); without it, as for ImageNet's
     latents.
 
-    With the scheduler that the folder came with, sampling is this project's own (`method`, as `dcdit sample --method`);
-    another one put in its place is used as it is.
+    With the scheduler that `dcdit export` writes, sampling is this project's own (`method`, as `dcdit sample
+    --method`); another one, put in its place or saved in its place, is used as it is.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -85,7 +85,7 @@ class DCDiTPipeline(_Base):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.run = run or {}
-        self._own = type(scheduler)
+        self._own = scheduler if self._is_own(scheduler) else None
 
     @classmethod
     def from_pretrained(
@@ -101,17 +101,18 @@ class DCDiTPipeline(_Base):
         source = load_source(folder / "transformer", "cpu")
         vae = None
         if index.get("vae", [None])[0]:
-            from trainer.data.encode import load_vae
+            from trainer.vae import load_vae
 
             vae = load_vae(str(folder / "vae"))
         pipe = cls(source.model, _load_scheduler(folder, index), vae, source.run)
         return pipe if torch_dtype is None else pipe.to(torch_dtype)
 
     def save_pretrained(self, folder: str | os.PathLike, **_: Any) -> None:
-        """Write what `from_pretrained` reads."""
-        source = self._source()
-        known = {"diffusion": process_kwargs(source.process), "data": source.data} | source.run
-        save_pipeline(Path(folder), self.transformer.config, self.transformer.state_dict(), known, self.vae)
+        """Write what `from_pretrained` reads, with the scheduler that is in place."""
+        save_pipeline(
+            Path(folder), self.transformer.config, self.transformer.state_dict(), self._known(), self.vae,
+            self.scheduler,
+        )  # fmt: skip
 
     @torch.no_grad()
     def __call__(
@@ -160,10 +161,22 @@ class DCDiTPipeline(_Base):
     def _source(self) -> Source:
         return as_source(self.transformer, self.run)
 
+    def _known(self) -> dict[str, Any]:
+        """run.json, whole."""
+        source = self._source()
+        return {"diffusion": process_kwargs(source.process), "data": source.data} | source.run
+
+    def _is_own(self, scheduler: Any) -> bool:
+        """Whether it is the one that `dcdit export` writes for this model."""
+        config = scheduler_config(self._known())
+        return type(scheduler).__name__ == config.pop("_class_name") and all(
+            scheduler.config.get(key) == value for key, value in config.items()
+        )
+
     def _draw(self, source: Source, labels: list[int], settings: Settings, generator) -> torch.Tensor:
         """(n, C, H, W) float32 on the CPU, in model space."""
         progress = None if getattr(self, "_progress_bar_config", {}).get("disable") else Line().show
-        if type(self.scheduler) is not self._own:
+        if self.scheduler is not None and self.scheduler is not self._own:
             if settings.method is not None:
                 raise UserError(
                     f"method: {settings.method} is not {type(self.scheduler).__name__}'s; leave it out"
@@ -247,6 +260,8 @@ def _check(settings: Settings) -> None:
     for name, value in (("num_inference_steps", settings.steps), ("batch_size", settings.batch)):
         if value < 1:
             raise UserError(f"{name}: must be at least 1, not {value}")
+    if settings.precision not in ("fp32", "bf16"):
+        raise UserError(f"precision: {settings.precision!r} is not one of fp32, bf16")
     for name in ("tail_drop", "uncond_tail_drop"):
         value = getattr(settings, name)
         if value is not None and not 0 <= value <= 1:

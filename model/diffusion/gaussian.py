@@ -155,6 +155,13 @@ class GaussianDiffusion(Process):
         rows = self._on_device[key][t]
         return tuple(spread(column, x) for column in rows.unbind(1))
 
+    def abar(self, t: torch.Tensor) -> torch.Tensor:
+        """t (B,) of any type -> float64 (B,), between two steps of the schedule on the straight line between theirs."""
+        table = self.schedule.abar.to(t.device)
+        place = t.double().clamp(0, len(table) - 1)
+        low = place.floor().long().clamp(max=len(table) - 2)
+        return torch.lerp(table[low], table[low + 1], place - low)
+
     def time(self, u: torch.Tensor) -> torch.Tensor:
         """u (B,) in [0, 1) -> t = floor(u * num_timesteps), int64."""
         return (self.warp(u) * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)
