@@ -295,6 +295,14 @@ def with_budget(text: str, settings, source, guide=None) -> tuple[Any, dict[str,
     return dataclasses.replace(settings, tail_drop=rho), record
 
 
+def budget_line(rho: float, record: dict[str, Any]) -> str:
+    """What `with_budget` chose, for a person."""
+    asked, full = record["asked"], amount(record["gflops_at_0"])
+    if rho == 0:
+        return f"--budget {asked}: does not bind: a picture costs {full} at rho 0"
+    return f"--budget {asked}: rho {rho:.3f}, {amount(record['gflops_foreseen'])} per picture foreseen, {full} at rho 0"
+
+
 def has_router(source) -> bool:
     return hasattr(source.model.config, "target_ratio")
 

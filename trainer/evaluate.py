@@ -26,6 +26,7 @@ import numpy as np
 from model.errors import UserError
 from trainer.files import check_file, check_folder, digest, write_text, writing
 from trainer.sampling.arguments import add_model_flags, add_sampler_flags, check
+from trainer.sampling.source import run_above
 
 REFERENCE_NUM = 50_000
 # Flags of drawing, which pictures that are there already have no use for.
@@ -47,15 +48,11 @@ ROWS = (
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    from trainer.parallel.world import rank_and_size
+    from trainer.parallel.world import main_speaks_first
 
-    try:
+    with main_speaks_first():
         check_flags(args)
         return run(args)
-    except UserError:
-        if rank_and_size()[0]:  # mostly the same on every rank: rank 0 says it, and that ends the others
-            time.sleep(15)
-        raise
 
 
 def parser() -> argparse.ArgumentParser:
@@ -147,9 +144,9 @@ def run(args: argparse.Namespace) -> int:
         device = args.device if ":" in args.device else str(world.device)
         evaluation = Evaluation(args, world, device)
         file = evaluation.target()
-        check_file(file, "--to")
+        world.agree(lambda: check_file(file, "--to"))
         if args.keep:
-            check_folder(Path(args.keep), "--keep")
+            world.agree(lambda: check_folder(Path(args.keep), "--keep"))
         record = evaluation.run()
         if world.main:
             write_text(file, json.dumps(record, indent=1) + "\n", "--to")
@@ -167,27 +164,26 @@ class Evaluation:
         from trainer.evaluation.features import load_together
         from trainer.sampling.arguments import load_guide, settings_from
         from trainer.sampling.bulk import choose_labels
-        from trainer.sampling.decode import load_vae
         from trainer.sampling.progress import Line
         from trainer.sampling.source import load_source
+        from trainer.vae import load_vae, load_vae_for
 
         self.args, self.world, self.device, self.line = args, world, device, Line()
-        self.vae = load_vae(args.vae, device) if args.vae else None
         self.source = self.settings = self.guide = self.budget = None
         if args.checkpoint:
             self.source = load_source(args.checkpoint, device, args.heads, args.sigma)
             self.guide = load_guide(args, self.source, device)
             self.settings = settings_from(args, self.source)
-            if self.source.latent and self.vae is None:
-                raise UserError(
-                    "--vae: this model draws latents, and features are of pictures; give the AutoencoderKL's folder"
-                )
+            self.vae = load_vae_for(args.vae, self.source, "features are of pictures")
             if args.budget is not None:
-                from trainer.elastic import with_budget
+                from trainer.elastic import budget_line, with_budget
 
                 self.settings, self.budget = with_budget(args.budget, self.settings, self.source, self.guide)
+                if world.main:
+                    print(budget_line(self.settings.tail_drop, self.budget), flush=True)
             self.labels = choose_labels(args.classes, args.num, self.source, args.seed).tolist()
         else:
+            self.vae = load_vae(args.vae, device) if args.vae else None
             self.pictures = self._open(args.samples)
             there, needed = len(self.pictures), args.num or 2
             if there < needed:
@@ -229,7 +225,7 @@ class Evaluation:
             folder = Path() if is_url(args.samples) else folder
             parts, inputs = [args.features, str(args.num or len(self.pictures))], [str(path), *inputs]
         else:
-            run = run_folder(source.path)
+            run = run_above(source.path)
             where = source.path.stem if run is None else f"{int(source.run.get('images') or 0):012d}"
             folder = (run or Path()) / "evaluation"
             drop = str(args.tail_drop or "0") if args.budget is None else f"budget{args.budget}"
@@ -334,16 +330,12 @@ def run_data(source: Any) -> Any:
     """
     from trainer.config import load_config
 
-    run = run_folder(source.path)
+    run = run_above(source.path)
     if run is None or not (run / "config.yaml").is_file():
         raise UserError(
             f"--reference: {source.path} is not in a run whose config.yaml names its data; say which"
         )
     return load_config(run / "config.yaml").data
-
-
-def run_folder(path: Path) -> Path | None:
-    return next((p.parent for p in path.parents if p.name == "checkpoints"), None)
 
 
 def sampling_record(samples: str) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ The second form is resumed by the same command, on any number of processes; see 
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 if __name__ == "__main__":  # as a script, sys.path[0] is trainer/: put the root there instead
@@ -17,7 +16,6 @@ if __name__ == "__main__":  # as a script, sys.path[0] is trainer/: put the root
 
 import argparse
 
-from model.errors import UserError
 from trainer.sampling.arguments import (
     check_sample,
     load_guide,
@@ -25,33 +23,30 @@ from trainer.sampling.arguments import (
     parser,
     settings_from,
 )
-from trainer.sampling.decode import LATENT_NOTE, load_vae, to_pictures
+from trainer.sampling.decode import LATENT_NOTE, to_pictures
 from trainer.sampling.progress import Line
 
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    from trainer.parallel.world import rank_and_size
+    from trainer.parallel.world import main_speaks_first, rank_and_size
 
-    rank, processes, _ = rank_and_size()
-    try:
-        check_sample(args, processes)
+    with main_speaks_first():
+        check_sample(args, rank_and_size()[1])
         if args.num is None:
             return _sheet(args)
         from trainer.sampling.bulk import draw_many
 
         return draw_many(args)
-    except UserError:
-        if rank:  # mostly the same on every rank: rank 0 says it, and that ends the others
-            time.sleep(15)
-        raise
 
 
 def _sheet(args: argparse.Namespace) -> int:
     from trainer.drawing import generate
-    from trainer.elastic import with_budget
+    from trainer.elastic import budget_line, with_budget
+    from trainer.files import check_file, writing
     from trainer.sampling.sheet import sheet_record, sheet_target, write_sheet
     from trainer.sampling.source import load_source
+    from trainer.vae import load_vae_for
 
     source = load_source(args.checkpoint, args.device, args.heads, args.sigma)
     guide = load_guide(args, source, args.device)
@@ -61,23 +56,22 @@ def _sheet(args: argparse.Namespace) -> int:
     settings, budget = settings_from(args, source), None
     if args.budget is not None:
         settings, budget = with_budget(args.budget, settings, source, guide)
-    vae = load_vae(args.vae, source.device) if args.vae else None
+        print(budget_line(settings.tail_drop, budget), flush=True)
+    vae = load_vae_for(args.vae, source)
     others = {"classes": args.classes != "all" and labels, "per_class": per_class - 1, "vae": args.vae,
               "autoguidance": args.autoguidance}  # fmt: skip
     target = sheet_target(args.to, source, settings, others)
+    check_file(target, "--to")
     drawn = generate(source, labels, settings, Line().show, guide)
     shots, kind = to_pictures(source, drawn.images, vae, args.vae_batch)
     record = sheet_record(source, labels, settings, drawn, kind)
-    record |= {"autoguidance": str(guide.path) if guide else None, "budget": budget}
-    write_sheet(target, shots, kind, source, labels, record, per_class)
+    record |= {"autoguidance": str(guide.path) if guide else None, "vae": args.vae, "budget": budget}
+    with writing(target, "--to"):
+        write_sheet(target, shots, kind, source, labels, record, per_class)
     if drawn.kept is not None:
         print(f"kept {drawn.kept.mean():.1%} of the tokens, {drawn.gflops.mean():.4g} GFLOPs per picture")
     if drawn.reused is not None:
         print(f"left the backbone out of {drawn.reused.mean():.1%} of the calls")
-    if budget is not None:
-        print(
-            f"--budget {args.budget}: rho {settings.tail_drop:.3f}, {budget['gflops_foreseen']:.4g} GFLOPs foreseen"
-        )
     if kind == LATENT_NOTE:
         print(f"{LATENT_NOTE}: give --vae FOLDER (a diffusers AutoencoderKL) to decode them")
     print(f"{len(labels)} pictures in {drawn.seconds:.0f} s: {target}")

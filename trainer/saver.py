@@ -24,7 +24,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from model.errors import UserError
 from trainer import checkpoint
 from trainer.config import Config
 from trainer.parallel import Engine, World
@@ -114,19 +113,15 @@ class Saver:
 
     def _agree(self, work: Callable[[], Any]) -> Any:
         """Do ``work``, return what it returns; if it fails on one rank, raise the same error on all of them."""
-        result = problem = None
-        try:
-            result = work()
-        except (Exception, CheckpointException) as error:  # torch's is no Exception
-            # Whatever it is, the other ranks must not wait for this one for ever.
-            problem = _reason(error)
-        problems = [p for p in self.world.gather(problem) if p]
-        if problems:
-            raise UserError(
-                f"checkpoint: cannot write to {self.folder}: {problems[0]}; earlier checkpoints are as they were. "
+
+        def words(error: BaseException) -> str:
+            return (
+                f"checkpoint: cannot write to {self.folder}: {_reason(error)}; earlier checkpoints are as they were. "
                 "Mend that and run the same command again"
             )
-        return result
+
+        # Whatever it is, the other ranks must not wait for this one for ever. Torch's own is no Exception.
+        return self.world.agree(work, (Exception, CheckpointException), words)
 
     def _finish(
         self, written: Future, own: Future | None, temporary: Path, final: Path, names: list[str],

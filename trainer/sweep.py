@@ -14,8 +14,7 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ import numpy as np
 
 from model.errors import UserError
 from trainer.elastic import BINS, Calibration, Cost, TailDrop, calibration_file, has_router
+from trainer.files import check_folder, writing
 from trainer.sampling.arguments import add_model_flags, add_sampler_flags, check, load_guide, settings_from
+from trainer.sampling.source import run_above, weights_hash
 
 RHOS = "0,0.1,0.2,0.3,0.4,0.5,0.6"
 CALIBRATION_IMAGES = 1024  # forward passes for the calibration, and as many of the null class
@@ -35,16 +36,11 @@ RESULT = "elastic"
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    from trainer.parallel.world import rank_and_size
+    from trainer.parallel.world import main_speaks_first
 
-    rank = rank_and_size()[0]
-    try:
-        check(args)
+    with main_speaks_first():
+        check_flags(args)
         return run(args)
-    except UserError:
-        if rank:  # mostly the same on every rank: rank 0 says it, and that ends the others
-            time.sleep(15)
-        raise
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,6 +72,20 @@ def parser() -> argparse.ArgumentParser:
     return text
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for what can be told without reading anything."""
+    check(args)
+    if TailDrop.parse(args.tail_drop).starts:
+        raise UserError(
+            f"--tail-drop: a sweep takes a list of numbers such as {RHOS}, got {args.tail_drop!r}"
+        )
+    measured = not args.calibrate and args.features != "none"
+    for flag, value in (("--num", args.num), ("--heldout", args.heldout)):
+        if value < (least := 2 if measured else 1):
+            why = ": a Frechet distance needs as many; or --features none" if measured else ""
+            raise UserError(f"{flag}: must be at least {least}, not {value}{why}")
+
+
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit status."""
     from trainer.parallel import close_world, open_world
@@ -83,10 +93,6 @@ def run(args: argparse.Namespace) -> int:
     from trainer.sampling.source import check_device, load_source
 
     rhos = TailDrop.parse(args.tail_drop)
-    if rhos.starts:
-        raise UserError(
-            f"--tail-drop: a sweep takes a list of numbers such as {RHOS}, got {args.tail_drop!r}"
-        )
     check_device(args.device, rank_and_size()[1])
     world = open_world(timeout_minutes=60, device=args.device.partition(":")[0])
     try:
@@ -98,10 +104,9 @@ def run(args: argparse.Namespace) -> int:
                 "--checkpoint: this model has no router, so there is no rho to sweep; --tail-drop 0 gives its one point"
             )
         sweep = Sweep(args, source, load_guide(args, source, device), world)
-        known = world.broadcast(calibration_file(source.path).is_file())
-        if args.calibrate or (routed and not known):
+        if args.calibrate:
             sweep.calibrate()
-        if not args.calibrate:
+        else:
             sweep.run(rhos.values)
     finally:
         close_world()
@@ -117,26 +122,47 @@ class Sweep:
         self.args, self.source, self.guide, self.world = args, source, guide, world
         self.settings = dataclasses.replace(settings_from(args, source), uncond_tail_drop=None)
         self.other = settings_from(args, source).uncond_tail_drop
-        self.data = open_heldout(source, args.data, args.checkpoint)
+        self.data, self.where = open_heldout(source, args.data, args.checkpoint)
+        self.calibration: Calibration | None = None
         self.line = Line()
 
     def calibrate(self) -> None:
-        """Write calibration.json beside the weights: the router's natural tokens by noise level."""
-        calibration = measure(self.source, self._heldout, self.world, self._autocast, self._say)
-        if not self.world.main:
-            return
-        try:
-            file = calibration.write(self.source.path)
-        except OSError as error:
-            raise UserError(f"--checkpoint: cannot write a calibration beside it: {error.strerror}") from None
+        """Measure the router's natural tokens by noise level, and write calibration.json beside the weights.
+
+        Raises UserError where it cannot be written, before it is measured.
+        """
+        self._together(lambda: check_folder(calibration_file(self.source.path).parent, "--checkpoint"))
+        self.calibration = measure(self.source, self._heldout, self.world, self._autocast, self._say)
         self._say("")
-        mean = calibration.conditional[0]
+        self._together(self._keep)
+
+    def _keep(self) -> None:
+        with writing(self.source.path, "--checkpoint"):
+            file = self.calibration.write(self.source.path)
+        mean = self.calibration.conditional[0]
         print(f"calibration: {mean.mean():.1%} of the tokens, {mean[0]:.1%} at clean and {mean[-1]:.1%} at noisy "
               f"timesteps: {file}", flush=True)  # fmt: skip
 
+    def _find_calibration(self) -> None:
+        """The one beside the weights, else measure it: the curve itself needs none."""
+        if not has_router(self.source):
+            return
+        if self.world.broadcast(calibration_file(self.source.path).is_file()):
+            self.calibration = Calibration.read(self.source.path)
+            return
+        try:
+            self.calibrate()
+        except UserError as error:
+            if self.world.main:
+                print(f"note: no calibration for --budget: {error}", file=sys.stderr, flush=True)
+
     def run(self, rhos: tuple[float, ...]) -> None:
-        """The curve, written after every point."""
-        features, real = self._real()
+        """The curve, written after every point. All that can be wrong is found before anything long begins."""
+        self._together(lambda: check_folder(self._folder(), "--to"))
+        features = self._features()
+        self._find_calibration()
+        real = self._real(features)
+        weights = weights_hash(self.source) if self.world.main else None
         rows: list[dict[str, Any]] = []
         for rho in rhos:
             row, seen = self._draw(rho, features)
@@ -146,9 +172,9 @@ class Sweep:
                 row["frechet"] = round(frechet_distance(real.mean, real.cov, seen.mean, seen.cov), 6)
             row["heldout_mse"] = self._error(rho)
             rows.append(row)
+            self._say("")
+            self._together(lambda: self._write(rows, features and features.name, weights))
             if self.world.main:
-                self._say("")
-                self._write(rows, None if features is None else features.name)
                 if rho == rhos[0]:
                     print("\n".join(table(rows)[:2]))
                 print(table(rows)[-1], flush=True)
@@ -187,32 +213,36 @@ class Sweep:
 
     def _foresee(self, settings: Any) -> float | None:
         """What `--budget` would have expected of these settings; None where it cannot tell."""
-        if self.guide is not None or settings.teacache is not None or not has_router(self.source):
+        if self.guide is not None or settings.teacache is not None or self.calibration is None:
             return None
-        return round(Cost(self.source, settings, Calibration.of(self.source)).gflops(), 6)
+        return round(Cost(self.source, settings, self.calibration).gflops(), 6)
 
-    def _real(self) -> tuple[Any, Any]:
-        """The feature set and the moments of the held-out pictures; (None, None) with --features none."""
-        from trainer.evaluation import features as sets
-        from trainer.evaluation.frechet import Moments
-        from trainer.sampling.decode import load_vae, to_pictures
+    def _features(self) -> Any:
+        """The feature set and with it the VAE; None with --features none."""
+        from trainer.evaluation.features import load_together
+        from trainer.vae import load_vae_for
 
-        args = self.args
-        self.vae = load_vae(args.vae, self.source.device) if args.vae else None
+        args, needed = self.args, "features are of pictures (--features none takes none)"
+        self.vae = load_vae_for(args.vae, self.source, "" if args.features == "none" else needed)
         if args.features == "none":
-            return None, None
-        if self.source.latent and self.vae is None:
-            raise UserError(
-                "--vae: this model draws latents, and features are of pictures; give the AutoencoderKL's folder, "
-                "or --features none"
-            )
-        found, real = sets.load(args.features, args.features_path, self.source.device), None
-        real = Moments(found.dim)
+            return None
+        if len(self.data) < 2:
+            raise UserError("--data: a Frechet distance needs two held-out images; or --features none")
+        return load_together(args.features, args.features_path, self.world, self.source.device)
+
+    def _real(self, features: Any) -> Any:
+        """The moments of the held-out pictures' features; None where there are no features."""
+        from trainer.evaluation.frechet import Moments
+        from trainer.sampling.decode import to_pictures
+
+        if features is None:
+            return None
+        real = Moments(features.dim)
         for batch in self._heldout():
-            shots, _ = to_pictures(self.source, batch["image"], self.vae, args.vae_batch)
+            shots, _ = to_pictures(self.source, batch["image"], self.vae, self.args.vae_batch)
             there = batch["weight"].numpy() > 0
-            real.add(found.batch(np.stack(shots).transpose(0, 3, 1, 2)[there]))
-        return found, real.reduce(self.world.control)
+            real.add(features.batch(np.stack(shots).transpose(0, 3, 1, 2)[there]))
+        return real.reduce(self.world.control)
 
     def _error(self, rho: float) -> float:
         """Held-out mse at `rho`, on fixed noise and timesteps."""
@@ -249,45 +279,46 @@ class Sweep:
         if self.args.to:
             return Path(self.args.to)
         path = self.source.path
-        run = next((p.parent for p in path.parents if p.name == "checkpoints"), None)
-        return run or (path if path.is_dir() else path.parent)
+        return run_above(path) or (path if path.is_dir() else path.parent)
 
-    def _write(self, rows: list[dict[str, Any]], features: str | None) -> None:
+    def _write(self, rows: list[dict[str, Any]], features: str | None, weights: str) -> None:
         """elastic.json (its schema is what `report` reads), elastic.md and elastic.svg."""
-        settings, folder = self.settings, self._folder()
+        args, folder = self.args, self._folder()
+        settings = dataclasses.replace(self.settings, uncond_tail_drop=self.other).record(self.source)
+        del settings["tail_drop"]  # a row each
         values = {
-            "checkpoint": str(self.source.path), "images_seen": self.source.run.get("images"),
-            "steps": settings.steps, "method": settings.method, "guidance": settings.guidance,
-            "uncond_tail_drop": None if self.other is None else TailDrop.of(self.other).record(),
-            "precision": settings.precision, "seed": settings.seed, "num": self.args.num,
-            "heldout": min(self.args.heldout, len(self.data)), "device": self.source.device.type,
-            "features": features, "metric": "frechet" if features else "heldout_mse", "rows": rows,
+            "checkpoint": str(self.source.path), "weights": weights, "images_seen": self.source.run.get("images"),
+            **settings, "autoguidance": str(self.guide.path) if self.guide else None, "vae": args.vae,
+            "data": self.where, "num": args.num, "heldout": min(args.heldout, len(self.data)),
+            "device": self.source.device.type, "features": features,
+            "metric": "frechet" if features else "heldout_mse", "rows": rows,
         }  # fmt: skip
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder, "--to"):
             for ending, text in (
                 ("json", json.dumps(values, indent=1)), ("md", "\n".join(table(rows))), ("svg", plot(values))
             ):  # fmt: skip
                 beside = folder / f".{RESULT}.{ending}.part"
                 beside.write_text(text + "\n")
                 beside.replace(folder / f"{RESULT}.{ending}")
-        except OSError as error:
-            raise UserError(f"--to: cannot write to {folder}: {error.strerror}") from None
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """`work` by rank 0; what it fails with ends all processes with one line."""
+        self.world.agree(lambda: work() if self.world.main else None)
 
     def _say(self, text: str) -> None:
         if self.world.main:
             self.line.show(text)
 
 
-def open_heldout(source: Any, asked: str | None, checkpoint: str) -> Any:
-    """The held-out split of the data that `source` was trained on, or of `asked`.
+def open_heldout(source: Any, asked: str | None, checkpoint: str) -> tuple[Any, str | list[str]]:
+    """The held-out split of the data that `source` was trained on, or of `asked`; and where it lies.
 
     Raises UserError where it cannot be read, or has images of another shape.
     """
     from trainer.config import load_config
     from trainer.data import open_data, open_source
 
-    run = next((p.parent for p in source.path.parents if p.name == "checkpoints"), None)
+    run, where = run_above(source.path), asked
     if asked:
         data = open_source(asked, "heldout")
     elif run is None or not (run / "config.yaml").is_file():
@@ -296,12 +327,14 @@ def open_heldout(source: Any, asked: str | None, checkpoint: str) -> Any:
         )
     else:
         try:
-            data = open_data(load_config(run / "config.yaml").data, "heldout")
+            config = load_config(run / "config.yaml").data
+            data = open_data(config, "heldout")
+            where = [stream.path for stream in config.streams] or config.path
         except UserError as error:
             raise UserError(f"{error}; or give the folder with --data") from None
     if data.manifest.shape != source.shape:
         raise UserError(f"--data: its images are {data.manifest.shape}, the model takes {source.shape}")
-    return data
+    return data, where
 
 
 def measure(source: Any, heldout: Any, world: Any, autocast: Any, say: Any) -> Calibration:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +55,21 @@ def main(
     except SystemExit as error:
         slurm.leave(int(error.code or EXIT_OK))
         raise
-    from trainer.parallel.world import rank_and_size
+    from trainer.parallel.world import main_speaks_first, rank_and_size
 
     rank = rank_and_size()[0]
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        if config.upcycle.teacher is not None:
-            from trainer.upcycle import prepare
+        with main_speaks_first():
+            config = load_config(arguments.config, arguments.overrides)
+            if config.upcycle.teacher is not None:
+                from trainer.upcycle import prepare
 
-            prepare(config)
-        elif upcycling:
-            raise UserError(
-                "upcycle.teacher: not set; give a DiT: upcycle.teacher=DiT-XL-2-256x256.pt, or a run's folder"
-            )
-        check(config, arguments.device)
-    except UserError as error:  # mostly the same on every rank: rank 0 says it, and that ends the others
-        if rank:
-            time.sleep(15)
-        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
-        return slurm.leave(EXIT_BAD_INPUT)
-    try:
+                prepare(config)
+            elif upcycling:
+                raise UserError(
+                    "upcycle.teacher: not set; give a DiT: upcycle.teacher=DiT-XL-2-256x256.pt, or a run's folder"
+                )
+            check(config, arguments.device)
         return slurm.leave(run(config, arguments.device))
     except UserError as error:  # perhaps of this rank alone
         print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)

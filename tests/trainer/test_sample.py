@@ -12,10 +12,12 @@ from PIL import Image
 from model.diffusion import make_process
 from model.errors import UserError
 from model.flops import flops
+from model.weights import to_released
 from tests.trainer.synthetic_run import CLASSES, SIZE, export, manifest, run_folder, tiny_model
 from trainer import cli, sample
 from trainer.drawing import Settings, Source, clipped, generate, load_source
 from trainer.sampling.sheet import sheet_target
+from trainer.sampling.source import weights_hash
 
 RELEASED = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "tiny_official_layout_0000003.pt"
 
@@ -136,6 +138,7 @@ def test_command_writes_a_sheet_and_its_settings(run, tmp_path, capsys):
     assert record["classes"] == [0, 0, 2, 2] and record["class_names"] == ["cat", "cat", "moon", "moon"]
     assert (record["steps"], record["tail_drop"], record["precision"]) == (3, 0.3, "bf16")
     assert 0 < record["retained_share"] < 1 and len(record["retained_share_each"]) == 4
+    assert record["weights"] == weights_hash(load_source(run, "cpu")) and len(record["weights"]) == 32
 
 
 def test_default_place_is_in_the_run(run, capsys):
@@ -181,8 +184,22 @@ def test_latents_through_a_vae(tmp_path):
     )
 
 
+def test_a_vae_of_other_latents_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, capsys):
+    diffusers = pytest.importorskip("diffusers", reason="the VAE comes from diffusers")
+    diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=4, latent_channels=8).save_pretrained(
+        tmp_path / "pipeline" / "vae"
+    )
+    folder = export(tmp_path / "latent", tiny_model(4), data=manifest(4, "latents"))
+    monkeypatch.setattr("trainer.drawing.generate", None)
+    words = ["sample", "--checkpoint", str(folder), "--to", str(tmp_path / "a.png"), "--vae"]
+    assert cli.main([*words, str(tmp_path / "pipeline")]) == 2
+    assert "--vae: its latents have 8 channels, the model's 4" in capsys.readouterr().err
+    for place in ("/nowhere/vae", "nowhere", f"{tmp_path.name}/x/y", "tests/vae"):
+        assert cli.main([*words, place]) == 2
+        assert f"--vae: {place}: no such folder" in capsys.readouterr().err
+
+
 def test_released_checkpoint(tmp_path):
-    pytest.importorskip("model.weights", reason="the reader of released weights is not there")
     if not RELEASED.is_file():
         pytest.skip("the fixture of the released layout is not beside the repository")
     target = tmp_path / "r.png"
@@ -193,9 +210,8 @@ def test_released_checkpoint(tmp_path):
 
 
 def test_published_dit_is_told_apart_and_its_missing_heads_named_as_a_flag(tmp_path, capsys):
-    weights = pytest.importorskip("model.weights", reason="the reader of released weights is not there")
     model = tiny_model(4, baseline=True)
-    torch.save(weights.to_released(model.state_dict()), tmp_path / "dit.pt")
+    torch.save(to_released(model.state_dict()), tmp_path / "dit.pt")
     words = ["--checkpoint", str(tmp_path / "dit.pt"), "--steps", "1", "--to", str(tmp_path / "d.png")]
     assert cli.main(["sample", *words]) == 2
     assert "give --heads" in capsys.readouterr().err
@@ -219,7 +235,8 @@ def test_published_dit_is_told_apart_and_its_missing_heads_named_as_a_flag(tmp_p
         (["--to", "a.jpg"], "should end in .png"),
         (["--device", "cuda:77"], "--device: cuda:77 is not available here"),
         (["--device", "toaster"], "--device: toaster is not available here"),
-        (["--vae", "/nowhere"], "--vae: /nowhere"),
+        (["--vae", "/nowhere"], "--vae: the model makes pixels"),
+        (["--to", "/proc/nowhere/a.png"], "--to: cannot write to /proc/nowhere"),
         (["--guidance", "nan"], "guidance"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,26 @@ def test_a_complete_folder_is_left_alone_and_another_setting_refused(run, refere
     assert (reference / "000000000.png").stat().st_mtime_ns == before
 
 
+def test_every_setting_resumes_from_a_moved_checkpoint_and_other_weights_are_told(run, tmp_path, capsys):
+    """JSON has no tuples; and it is the hash of the weights that counts, not their place."""
+    exports = {name: tmp_path / name for name in ("here", "moved", "other")}
+    for folder, seed in zip(exports.values(), (0, 0, 1), strict=True):
+        export(folder, tiny_model(seed=seed))
+    weak, target = export(tmp_path / "weak", tiny_model(seed=2)), tmp_path / "pictures"
+    flags = ["--guidance", "2", "--guidance-interval", "0.1", "0.7", "--guidance-channels", "2", "--eta", "0.5",
+             "--method", "ddim", "--autoguidance", str(weak), "--tail-drop", "0:0.6,500:0.2", "--teacache", "0.03",
+             "--uncond-tail-drop", "0.5,0.9", "--no-clip", "--classes", "random"]  # fmt: skip
+    assert cli.main(["sample", *command(exports["here"], target, *flags, "--batch", "8")]) == 0
+    record = json.loads((target / "sampling.json").read_text())
+    assert None not in [record[key] for key in record if key not in ("vae", "vae_weights", "budget")]
+    capsys.readouterr()
+    for place in (exports["here"], exports["moved"], f"{tmp_path}/weak/../moved"):
+        assert cli.main(["sample", *command(place, target, *flags)]) == 0
+        assert "already complete" in capsys.readouterr().out
+    assert cli.main(["sample", *command(exports["other"], target, *flags)]) == 2
+    assert f"give --checkpoint {exports['here']} to go on" in capsys.readouterr().err
+
+
 def test_holes_of_another_batch_size_are_filled_in_order(run, reference, tmp_path):
     """What is missing need not be in one piece, and the npz is in order all the same. Matrix products of other shapes
     round otherwise, which may move a pixel by a level."""
@@ -212,6 +233,14 @@ def vae(tmp_path_factory):
     return str(folder)
 
 
+def test_a_vae_that_moved_is_the_same_one(vae, tmp_path, capsys):
+    folder = export(tmp_path / "latent", tiny_model(4), data=manifest(4, "latents"))
+    shutil.copytree(vae, tmp_path / "copy" / "vae")
+    draw(folder, tmp_path / "to", "--vae", vae, "--batch", "11", "--steps", "1")
+    draw(folder, tmp_path / "to", "--vae", str(tmp_path / "copy"), "--steps", "1")
+    assert "already complete" in capsys.readouterr().out
+
+
 def test_latents_are_decoded_in_batches_or_refused(vae, tmp_path, capsys):
     folder = export(tmp_path / "latent", tiny_model(4), data=manifest(4, "latents"))
     assert cli.main(["sample", *command(folder, tmp_path / "no")]) == 2
@@ -236,6 +265,7 @@ def test_a_model_without_router_has_a_cost_and_no_share(tmp_path):
         (["--num", "4", "--to", "{new}", "--per-class", "2"], "--per-class"),
         (["--num", "4", "--to", "{new}", "--batch", "0"], "--batch"),
         (["--num", "4", "--to", "{new}", "--budget", "60%"], "dcdit sweep"),
+        (["--num", "4", "--to", "{new}", "--vae", "x"], "--vae: the model makes pixels"),
         (["--num", "4", "--to", "/proc/nowhere"], "--to: cannot write to /proc/nowhere"),
         (["--format", "npz"], "--format: is for many pictures"),
         (["--classes", "random"], "--classes: random goes with --num"),

@@ -123,8 +123,6 @@ def load_together(
     name: str, path: str | Path | None, world: World, device: torch.device | str | None = None
 ) -> FeatureSet:
     """`load` on every process, rank 0 first: it may have to download. Collective; raises as `load`."""
-    for turn in (True, False):
-        if world.main is turn:
-            loaded = load(name, path, device or world.device)
-        world.barrier()
-    return loaded
+    first = world.agree(lambda: load(name, path, device or world.device) if world.main else None)
+    other = world.agree(lambda: None if world.main else load(name, path, device or world.device))
+    return first or other

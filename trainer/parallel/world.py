@@ -5,7 +5,11 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,6 +53,29 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def agree(
+        self,
+        work: Callable[[], Any],
+        catch: type[BaseException] | tuple[type[BaseException], ...] = UserError,
+        words: Callable[[BaseException], str] = str,
+    ) -> Any:
+        """Do ``work``, return what it returns; every rank calls it. What one rank fails with is raised on all of them
+        as the same ``UserError``, so that none waits for that rank or stumbles over its absence.
+
+        Args:
+            catch: the errors that are shared; others are raised where they happen.
+            words: turns an error into the message.
+        """
+        result = problem = None
+        try:
+            result = work()
+        except catch as error:
+            problem = words(error)
+        for told in self.gather(problem):
+            if told is not None:
+                raise UserError(told)
+        return result
+
     def set_timeout(self, minutes: float) -> None:
         """Of every collective from now on, in all groups (torch has no public call for a group that exists)."""
         timeout = datetime.timedelta(minutes=minutes)
@@ -82,6 +109,17 @@ def rank_and_size() -> tuple[int, int, int]:
         if rank in env and size in env and (rank == "RANK" or "MASTER_ADDR" in env):
             return int(env[rank]), int(env[size]), int(env.get(local, 0))
     return 0, 1, 0
+
+
+@contextmanager
+def main_speaks_first() -> Iterator[None]:
+    """A UserError from inside is mostly the same on every rank: rank 0 says it, and that ends the others."""
+    try:
+        yield
+    except UserError:
+        if rank_and_size()[0]:
+            time.sleep(15)
+        raise
 
 
 def open_world(timeout_minutes: float = 30.0, device: str = "auto") -> World:

@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import argparse
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from model.errors import UserError
-from trainer.data.source import file_hash
+from trainer.data.encode import fingerprint
 from trainer.drawing import Drawn, draw_batch, stream_keys
-from trainer.elastic import amount, with_budget
+from trainer.elastic import amount, budget_line, with_budget
+from trainer.files import writing
 from trainer.parallel import World, close_world, open_world
 from trainer.parallel.world import rank_and_size
 from trainer.randomness import rng
 from trainer.sampling.arguments import load_guide, parse_classes, settings_from
-from trainer.sampling.decode import load_vae, to_pictures
+from trainer.sampling.decode import to_pictures
 from trainer.sampling.progress import Line, clock
-from trainer.sampling.source import Source, check_device, load_source
+from trainer.sampling.source import Source, check_device, load_source, weights_hash
 from trainer.sampling.store import Store
 from trainer.signals import EXIT_OK, EXIT_STOPPED, StopFlag
+from trainer.vae import load_vae_for
 
 POLL = 8  # steps between two looks at whether some process was signalled
 
@@ -65,11 +66,9 @@ class Bulk:
         self.settings, self.budget = settings_from(args, self.source), None
         if args.budget is not None:
             self.settings, self.budget = with_budget(args.budget, self.settings, self.source, self.guide)
-        self.vae = load_vae(args.vae, self.source.device) if args.vae else None
-        if self.source.latent and self.vae is None:
-            raise UserError(
-                "--vae: this model draws latents; give the folder of the AutoencoderKL that decodes them"
-            )
+            if world.main:
+                print(budget_line(self.settings.tail_drop, self.budget), flush=True)
+        self.vae = load_vae_for(args.vae, self.source, "many pictures are kept as photographs")
         self.labels = choose_labels(args.classes, args.num, self.source, args.seed)
         self.keys = stream_keys(self.labels.tolist())
         self.store = Store(Path(args.to), args.format or "png", args.num, args.shard)
@@ -78,19 +77,12 @@ class Bulk:
     def run(self) -> bool:
         """Draw what is missing. True when everything is there, False when a signal came before."""
         world, record = self.world, self._record()
-        with _writing(self.args.to):
-            done = world.broadcast(_attempt(lambda: self.store.begin(record)) if world.main else None)
-        if isinstance(done, UserError):
-            raise done
-        if done:
+        if world.broadcast(self._together(lambda: world.main and self.store.begin(record))):
             if world.main:
                 print(f"already complete: {self.args.to}", flush=True)
             return True
-        missing = world.broadcast(self.store.missing() if world.main else None)
-        with _writing(self.args.to):
-            if not self._draw(missing) or not self._finish(record):
-                return False
-        return True
+        missing = world.broadcast(self._together(lambda: self.store.missing() if world.main else None))
+        return self._draw(missing) and self._finish(record)
 
     def _draw(self, missing: np.ndarray) -> bool:
         """Rounds over the missing pictures; False when a signal came."""
@@ -120,60 +112,64 @@ class Bulk:
         if places is None:  # fewer batches than processes are left: poll along
             for i in range(self.settings.steps):
                 on_step(i)
+            self._together(lambda: None)
             return
         keys = [self.keys[place] for place in places]
         drawn = draw_batch(self.source, keys, places.tolist(), self.settings, on_step, self.guide)
         shots, _ = to_pictures(self.source, drawn.images, self.vae, self.args.vae_batch)
-        self.store.add(places.tolist(), self.labels[places], np.stack(shots), _stats(drawn))
+        self._together(
+            lambda: self.store.add(places.tolist(), self.labels[places], np.stack(shots), _stats(drawn))
+        )
 
     def _finish(self, record: dict[str, Any]) -> bool:
         """Tars, npz or list of labels, and the record; False when a signal came."""
         world, store = self.world, self.store
         world.barrier()  # every finished batch is on the disk
-        entries = store.assemble(
-            self.labels,
-            self.source.class_names,
-            world.rank,
-            world.size,
-            lambda: self.stop.received is not None,
-        )
+        names, stopped = self.source.class_names, lambda: self.stop.received is not None
+        entries = self._together(lambda: store.assemble(self.labels, names, world.rank, world.size, stopped))
         every = [entry for part in world.gather(entries) for entry in part]
         if self.stop.agreed(world):
             return False
-        if world.main:
-            results = self._results(store.table())
-            store.seal(every, record | results)
-            kept = results["retained_share"]
-            share = "" if kept is None else f"{kept:.1%} of the tokens kept, "
-            print(
-                f"{self.args.num} pictures, {share}{amount(results['gflops_per_image'])} each: {self.args.to}",
-                flush=True,
-            )
-        world.barrier()
+        self._together(lambda: world.main and self._seal(every, record))
         return True
+
+    def _seal(self, entries: list, record: dict[str, Any]) -> None:
+        results = self._results(self.store.table())
+        self.store.seal(entries, record | results)
+        kept = results["retained_share"]
+        share = "" if kept is None else f"{kept:.1%} of the tokens kept, "
+        print(
+            f"{self.args.num} pictures, {share}{amount(results['gflops_per_image'])} each: {self.args.to}",
+            flush=True,
+        )
+
+    def _together(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns; every process calls it. A disk that is full for one of them is one line on all."""
+
+        def careful() -> Any:
+            with writing(self.args.to, "--to", "; mend that and run the same command again"):
+                return work()
+
+        return self.world.agree(careful)
 
     def _record(self) -> dict[str, Any]:
         """What the pictures are a function of, and some more. Every process calls it."""
         source, args = self.source, self.args
         return {
-            "checkpoint": str(source.path), "weights": self.world.broadcast(self._digest(source)),
+            "checkpoint": str(source.path), "weights": self._once(lambda: weights_hash(source)),
             "images_seen": source.run.get("images"), "num": args.num, "classes": args.classes,
             "format": self.store.format, "shard": args.shard, **self.settings.record(source),
-            "autoguidance": self.world.broadcast(self._digest(self.guide)) if self.guide else None,
+            "autoguidance": self._once(lambda: weights_hash(self.guide)) if self.guide else None,
             "vae": args.vae, "vae_batch": args.vae_batch,
+            "vae_weights": self._once(lambda: fingerprint(self.vae)[:32]) if self.vae is not None else None,
             "picture": "pixels" if self.vae is None else "decoded latents",
             "budget": self.budget, "device": self.source.device.type, "processes": self.world.size,
             "torch": torch.__version__,
         }  # fmt: skip
 
-    def _digest(self, source: Source) -> str | None:
-        """Of the file of the weights, so that a folder moved is the same and a run trained on is not."""
-        if not self.world.main:
-            return None
-        from model.pretrained import WEIGHTS
-
-        file = source.path if source.path.is_file() else source.path / WEIGHTS
-        return file_hash("blake2b", str(file))[:32]
+    def _once(self, work: Callable[[], Any]) -> Any:
+        """What rank 0 finds, on every rank."""
+        return self.world.broadcast(work() if self.world.main else None)
 
     def _results(self, table: dict[str, np.ndarray]) -> dict[str, Any]:
         def mean(name: str) -> float | None:
@@ -215,22 +211,3 @@ def _stats(drawn: Drawn) -> dict[str, np.ndarray]:
         "kept_uncond": nothing if drawn.kept_uncond is None else drawn.kept_uncond,
         "seconds": np.full(count, drawn.seconds / count),
     }
-
-
-def _attempt(work) -> Any:
-    """What `work` returns, or the UserError it raises: for rank 0 to share with the others."""
-    try:
-        return work()
-    except UserError as error:
-        return error
-
-
-@contextmanager
-def _writing(folder: str):
-    """A disk that is full or may not be written is one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--to: cannot write to {folder}: {error.strerror or error}; mend that and run the same command again"
-        ) from None

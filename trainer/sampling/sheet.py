@@ -16,6 +16,7 @@ from trainer.drawing import Settings
 from trainer.elastic import TailDrop
 from trainer.files import digest
 from trainer.sampling.decode import LATENT_NOTE
+from trainer.sampling.source import run_above, weights_hash
 
 if TYPE_CHECKING:
     from trainer.drawing import Drawn
@@ -42,6 +43,7 @@ def sheet_record(
     """What is worth knowing of a sheet."""
     return {
         "checkpoint": str(source.path),
+        "weights": weights_hash(source),
         "images_seen": source.run.get("images"),
         "picture": kind,
         "classes": list(labels),
@@ -78,7 +80,7 @@ def sheet_target(asked: str | None, source: Source, settings: Settings, others: 
         parts.insert(1, given.pop("method"))
     if given:
         parts.append(digest(given))
-    run = next((p.parent for p in source.path.parents if p.name == "checkpoints"), None)
+    run = run_above(source.path)
     if run is None:
         return Path("samples") / f"{source.path.stem}-{'-'.join(parts)}.png"
     return run / "samples" / f"{int(source.run.get('images', 0)):012d}-{'-'.join(parts)}.png"

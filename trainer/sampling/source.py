@@ -75,6 +75,20 @@ def as_source(model: Any, run: dict[str, Any], path: Path = Path(), runs_on: Any
     return Source(model.eval().requires_grad_(False), make_process(**kwargs), data, run, path, runs_on)
 
 
+def run_above(path: Path) -> Path | None:
+    """The folder of the run that the checkpoint at `path` is of; None for weights from elsewhere."""
+    return next((parent.parent for parent in path.parents if parent.name == "checkpoints"), None)
+
+
+def weights_hash(source: Source) -> str:
+    """Of the file of the weights: a folder that was moved is the same, a run that was trained on is not."""
+    from model.pretrained import WEIGHTS
+    from trainer.data.source import file_hash
+
+    file = source.path if source.path.is_file() else source.path / WEIGHTS
+    return file_hash("blake2b", str(file))[:32]
+
+
 def pick_device(name: str):
     """`auto` is the GPU where there is one. Raises UserError for a device that is not there."""
     import torch

@@ -28,7 +28,8 @@ from model.errors import UserError
 RECORD = "sampling.json"
 PARTS = ".parts"
 STATS = ("gflops", "kept", "kept_uncond", "seconds")  # one number per picture, the last three may be NaN
-FREE = ("batch", "vae_batch", "device", "processes", "torch", "budget")  # may change between attempts
+# May change between attempts: hashes of the weights speak for the places that they lie at.
+FREE = ("batch", "vae_batch", "device", "processes", "torch", "budget", "checkpoint", "vae")
 
 
 class Store:
@@ -44,15 +45,11 @@ class Store:
         Raises UserError for a folder with other things in it, or of other settings.
         """
         file = self.folder / RECORD
+        record = json.loads(json.dumps(record))  # as it is read again: tuples become lists
         if file.is_file():
             before = _read(file)
-            changed = [k for k in record if k not in FREE and before.get(k) != record[k]]
-            if changed and (before.get("complete") or any(self.parts.glob("*.npz"))):
-                key = changed[0]
-                raise UserError(
-                    f"--to: {self.folder} holds pictures made with {key} {before.get(key)!r}, now it is "
-                    f"{record[key]!r}; take another folder, or delete that one"
-                )
+            if before.get("complete") or any(self.parts.glob("*.npz")):
+                self._check(record, before)
             if before.get("complete"):
                 return True
         elif self.folder.is_dir() and any(self.folder.iterdir()):
@@ -64,6 +61,21 @@ class Store:
             shutil.rmtree(left, ignore_errors=True)
         _write_json(file, record | {"complete": False})
         return False
+
+    def _check(self, record: dict[str, Any], before: dict[str, Any]) -> None:
+        """Raises UserError where the pictures that are there were made with other settings."""
+        other = "take another folder, or delete that one"
+        if before.get("weights") != record["weights"]:
+            raise UserError(
+                f"--to: {self.folder} holds pictures of the weights of {before.get('checkpoint')}, and those of "
+                f"{record['checkpoint']} are others; give --checkpoint {before.get('checkpoint')} to go on, {other}"
+            )
+        for key, value in record.items():
+            if key not in FREE and before.get(key) != value:
+                raise UserError(
+                    f"--to: {self.folder} holds pictures made with {key} {before.get(key)!r}, now it is {value!r}; "
+                    f"{other}"
+                )
 
     def missing(self) -> np.ndarray:
         """The numbers of the pictures that no finished batch has, ascending."""
@@ -129,14 +141,14 @@ class Store:
     def _tars(self, labels: np.ndarray, rank: int, size: int, stopped: Callable[[], bool]) -> list:
         from trainer.data.shards import write_shard
 
-        entries, shards = [], -(-self.num // self.shard)
+        entries, shards, where = [], -(-self.num // self.shard), self._index()
         for number in range(rank, shards, size):
             if stopped():
                 break
             places = range(number * self.shard, min((number + 1) * self.shard, self.num))
             samples = [
                 {"image": shot.transpose(2, 0, 1), "label": int(labels[place])}
-                for place, shot in zip(places, self._pictures(places), strict=True)
+                for place, shot in zip(places, self._pictures(places, where), strict=True)
             ]
             entries.append(write_shard(self.folder, number, samples, "webdataset"))
         return entries
@@ -145,7 +157,7 @@ class Store:
         beside = self.folder / ".samples.npz.part"
         with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as out:
-                for place, shot in enumerate(self._pictures(range(self.num))):
+                for place, shot in enumerate(self._pictures(range(self.num), self._index())):
                     if place == 0:
                         header = {"descr": "|u1", "fortran_order": False, "shape": (self.num, *shot.shape)}
                         np.lib.format.write_array_header_1_0(out, header)
@@ -156,14 +168,17 @@ class Store:
                 np.lib.format.write_array(out, labels.astype(np.int64))
         beside.replace(self.folder / "samples.npz")
 
-    def _pictures(self, places: Sequence[int]) -> Iterator[np.ndarray]:
-        """The pictures of these numbers, in this order, one finished batch in memory at a time (a few where an
-        attempt with another batch size left holes between them)."""
-        wanted, where = set(places), {}
+    def _index(self) -> dict[int, tuple[Path, int]]:
+        """The finished batch and the row in it of every picture."""
+        where: dict[int, tuple[Path, int]] = {}
         for part in self.parts.glob("*.npz"):
             with np.load(part) as values:
-                rows = enumerate(values["places"].tolist())
-                where |= {place: (part, row) for row, place in rows if place in wanted}
+                where |= {place: (part, row) for row, place in enumerate(values["places"].tolist())}
+        return where
+
+    def _pictures(self, places: Sequence[int], where: dict[int, tuple[Path, int]]) -> Iterator[np.ndarray]:
+        """The pictures of these numbers, in this order, one finished batch in memory at a time (a few where an
+        attempt with another batch size left holes between them)."""
         held: dict[Path, np.ndarray] = {}
         for place in places:
             part, row = where[place]
