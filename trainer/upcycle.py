@@ -403,7 +403,7 @@ class UpcycleTrainer(Trainer):
         super()._announce()
         options, frozen = self.config.upcycle, ""
         if self.changed is not None:
-            self._say(f"warning: {self.changed}; distillation is over, so the run goes on")
+            self._say(f"warning: {self.changed}; no distillation (any more), so the run goes on")
         if options.freeze_embedders:
             frozen = ", embedders of t and y frozen"
         stage = f"distillation ({options.distill}) up to image {options.distill_images}"
