@@ -126,7 +126,13 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             "set it back, or start another run with another run.dir"
         )
     fixed = ("model.", "diffusion.", "train.global_batch_size", "run.seed", "upcycle.freeze_embedders")
-    free = ("model.router_start", "model.packing", "model.capacity_factor", "diffusion.time_sampling")
+    free = (
+        "model.router_start",
+        "model.packing",
+        "model.capacity_factor",
+        "diffusion.time_sampling",
+        "diffusion.stratify",
+    )
     changed = [k for k in now if k in before and before[k] != now[k]]
     if now["model.dydit"] is not None and "deepspeed" not in (
         before["parallel.engine"],

@@ -47,6 +47,7 @@ class DiffusionConfig:
     learn_sigma: bool = True
     t0_likelihood: str = "image_bins"
     time_sampling: str = "uniform"
+    stratify: bool = True
 
 
 @dataclass

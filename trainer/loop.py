@@ -364,6 +364,7 @@ class Trainer:
             micro_batch_size=micro, rank=rank, world_size=size, start_position=start,
             end_position=config.train.total_images, label_drop=config.data.label_drop, num_workers=workers,
             max_errors=config.data.max_errors, pin_memory=self.world.device.type == "cuda",
+            stratify=config.diffusion.stratify,
         )  # fmt: skip
 
     def _heldout_batches(self, source: MDSSource) -> Any:

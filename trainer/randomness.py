@@ -87,14 +87,16 @@ def flip(seed: int, position) -> np.ndarray:
     return _uniform(seed, "flip", position) < 0.5
 
 
-def time_uniform(seed: int, position, global_batch_size: int) -> np.ndarray:
-    """The number u in [0, 1) that becomes each position's timestep; float64.
+def time_uniform(seed: int, position, global_batch_size: int, stratify: bool = True) -> np.ndarray:
+    """The number u in [0, 1) that becomes each position's timestep; float64. Without `stratify` each is drawn alone.
 
     Within a global batch u is a golden-ratio rotation from an offset drawn per step. Each u alone is uniform;
     together every contiguous slice of the batch (a rank's, a micro-batch's) holds nearly the same spread of
     noise levels: any interval of length w has w * n of a slice of n, give or take about two. As the number
-    of tokens DC-DiT keeps follows the noise level, this is what keeps ranks equally loaded .
+    of tokens DC-DiT keeps follows the noise level, this is what keeps ranks equally loaded (benchmarks/imbalance.py).
     """
+    if not stratify:
+        return _uniform(seed, "time_alone", position)
     step, place = np.divmod(np.asarray(position, dtype=np.int64), global_batch_size)
     source = Addressed(seed, "time")
     steps, inverse = np.unique(step, return_inverse=True)

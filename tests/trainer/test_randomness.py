@@ -119,3 +119,13 @@ def test_order_mixes_and_changes_with_epoch_and_seed():
     assert not any((orders[i] == orders[j]).mean() > 0.02 for i, j in [(0, 1), (0, 2), (1, 2)])
     halves = (orders[0] < 500)[:200].mean()
     assert 0.35 < halves < 0.65  # both shards from the start
+
+
+def test_timesteps_drawn_alone_are_uniform_and_not_spread():
+    positions = np.arange(4096)
+    alone = randomness.time_uniform(3, positions, 256, stratify=False)
+    spread = randomness.time_uniform(3, positions, 256)
+    assert np.histogram(alone, bins=8, range=(0, 1))[0] == pytest.approx(np.full(8, 512), rel=0.2)
+    assert np.array_equal(alone[100:200], randomness.time_uniform(3, positions[100:200], 256, stratify=False))
+    means = [u.reshape(-1, 8).mean(1).std() for u in (alone, spread)]  # of slices of eight
+    assert means[1] < 0.5 * means[0]

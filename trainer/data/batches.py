@@ -180,6 +180,7 @@ class _Plan:
     null_class: int
     shuffle_block: int
     max_errors: int
+    stratify: bool
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ class _MicroBatches(Dataset):
         flips = randomness.flip(plan.seed, positions) & self._flippable[labels]
         images = _model_space(source, columns, flips, plan.seed, positions, "latent")
         labels[randomness.label_drop(plan.seed, positions, plan.label_drop)] = plan.null_class
-        u = randomness.time_uniform(plan.seed, positions, plan.global_batch_size)
+        u = randomness.time_uniform(plan.seed, positions, plan.global_batch_size, plan.stratify)
         extra = {REPLACED: said} if said else {}
         return extra | {
             "position": torch.from_numpy(positions),
@@ -325,6 +326,7 @@ def train_loader(
     pin_memory: bool = False,
     prefetch_factor: int = 4,
     max_errors: int = 0,
+    stratify: bool = True,
 ) -> DataLoader:
     """This rank's micro-batches from `start_position` until `end_position` is reached, in order.
 
@@ -333,7 +335,8 @@ def train_loader(
 
     Batches, on the CPU: position int64 (b,); image float32 (b, C, H, W) in model space; label int64 (b,),
     null_class (default: the data set's number of classes) where dropped; noise float32 (b, C, H, W);
-    u float64 (b,) in [0, 1), spread evenly over every contiguous slice of the global batch.
+    u float64 (b,) in [0, 1), spread evenly over every contiguous slice of the global batch, or (without stratify) each
+    drawn alone.
 
     max_errors: samples that cannot be read and may be replaced, in this process and since it started. Each
     gives way to a sample drawn for its position, and is told of on stderr.
@@ -350,7 +353,7 @@ def train_loader(
     null_class = _null_class(source, null_class)
     plan = _Plan(
         seed, global_batch_size, micro_batch_size, rank, world_size, start_position, end_position,
-        label_drop, flip, null_class, shuffle_block, max_errors,
+        label_drop, flip, null_class, shuffle_block, max_errors, stratify,
     )  # fmt: skip
     _check_room(source, shuffle_block)
     dataset = _MicroBatches(source, plan)
