@@ -123,9 +123,9 @@ def test_order_mixes_and_changes_with_epoch_and_seed():
 
 def test_timesteps_drawn_alone_are_uniform_and_not_spread():
     positions = np.arange(4096)
-    alone = randomness.time_uniform(3, positions, 256, stratify=False)
-    spread = randomness.time_uniform(3, positions, 256)
+    alone = r.time_uniform(3, positions, 256, stratify=False)
+    spread = r.time_uniform(3, positions, 256)
     assert np.histogram(alone, bins=8, range=(0, 1))[0] == pytest.approx(np.full(8, 512), rel=0.2)
-    assert np.array_equal(alone[100:200], randomness.time_uniform(3, positions[100:200], 256, stratify=False))
+    assert np.array_equal(alone[100:200], r.time_uniform(3, positions[100:200], 256, stratify=False))
     means = [u.reshape(-1, 8).mean(1).std() for u in (alone, spread)]  # of slices of eight
     assert means[1] < 0.5 * means[0]
