@@ -37,6 +37,35 @@ def _check(scale: float, channels: int | None, interval: tuple[float, float] | N
         raise UserError(f"guidance interval must be 0 <= low <= high <= 1, got {tuple(interval)!r}")
 
 
+def _call(
+    net: torch.nn.Module, seen: Callable[[object], None] | None, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor,
+    rho: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The output of `net`, which `seen` sees whole."""
+    output = net(x, t, y, tail_drop=rho)
+    if seen is not None:
+        seen(output)
+    return output.sample
+
+
+def _inside(t: torch.Tensor, interval: tuple[float, float] | None, time_scale: float) -> torch.Tensor | None:
+    """(B,) bool: which images are guided at the model's time t (B,); None for all."""
+    if interval is None:
+        return None
+    fraction = t.float() / time_scale
+    return (fraction >= interval[0]) & (fraction <= interval[1])
+
+
+def _mixed(
+    cond: torch.Tensor, uncond: torch.Tensor, scale: float, width: int, inside: torch.Tensor | None
+) -> torch.Tensor:
+    """e_u + scale (e_c - e_u) in the first `width` channels of the images `inside`; all else is `cond`."""
+    part = uncond[:, :width] + scale * (cond[:, :width] - uncond[:, :width])
+    if inside is not None:
+        part = torch.where(inside.view(-1, *([1] * (cond.dim() - 1))), part, cond[:, :width])
+    return torch.cat([part, cond[:, width:]], dim=1)
+
+
 def guided(
     model: torch.nn.Module,
     y: torch.Tensor,
@@ -70,26 +99,14 @@ def guided(
     _check(scale, channels, interval)
     null = model.config.num_classes if null_class is None else null_class
 
-    def run(net, seen, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, rho: torch.Tensor) -> torch.Tensor:
-        output = net(x, t, y, tail_drop=rho)
-        if seen is not None:
-            seen(output)
-        return output.sample
-
     def two_branches(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, rho: torch.Tensor) -> tuple:
         other = rho if uncond_tail_drop is None else _per_image(uncond_tail_drop, x, t)
         if guide is not None:
-            cond = run(model, on_output, x, t, labels, rho)
-            return cond.float(), run(guide, on_guide, x, t, labels, other).float()
-        both = run(
-            model,
-            on_output,
-            torch.cat([x, x]),
-            torch.cat([t, t]),
-            torch.cat([labels, torch.full_like(labels, null)]),
-            torch.cat([rho, other]),
-        )
-        return both.float().chunk(2)
+            cond = _call(model, on_output, x, t, labels, rho)
+            return cond.float(), _call(guide, on_guide, x, t, labels, other).float()
+        nulls = torch.full_like(labels, null)
+        pairs = ((x, x), (t, t), (labels, nulls), (rho, other))
+        return _call(model, on_output, *map(torch.cat, pairs)).float().chunk(2)
 
     def model_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if y.shape != x.shape[:1]:
@@ -97,19 +114,9 @@ def guided(
         width = x.shape[1] if channels is None else channels
         if width > x.shape[1]:
             raise UserError(f"guidance_channels is {channels}, the model has {x.shape[1]} channels")
-        labels = y.to(x.device)
-        rho = _per_image(tail_drop, x, t)
-        inside = None
-        if interval is not None:
-            fraction = t.float() / time_scale
-            inside = (fraction >= interval[0]) & (fraction <= interval[1])
+        labels, rho, inside = y.to(x.device), _per_image(tail_drop, x, t), _inside(t, interval, time_scale)
         if scale == 1.0 or (inside is not None and not bool(inside.any())):
-            return run(model, on_output, x, t, labels, rho)
-        cond, uncond = two_branches(x, t, labels, rho)
-        guided_part = uncond[:, :width] + scale * (cond[:, :width] - uncond[:, :width])
-        if inside is not None:
-            keep = inside.view(-1, *([1] * (x.dim() - 1)))
-            guided_part = torch.where(keep, guided_part, cond[:, :width])
-        return torch.cat([guided_part, cond[:, width:]], dim=1)
+            return _call(model, on_output, x, t, labels, rho)
+        return _mixed(*two_branches(x, t, labels, rho), scale, width, inside)
 
     return model_fn
