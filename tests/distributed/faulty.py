@@ -2,8 +2,9 @@
 
 nan:24-48 makes the loss NaN; inf-gradient:24-48 a gradient infinite under a finite loss; high:24-48 adds 100 to it;
 disk:24-48 lets that rank's disk run full while it writes its part of torch's checkpoint, own-disk:24-48 while it writes
-DeepSpeed's own files. And no faults: ``mark``, RUN/evaluating exists while rank 0 evaluates; ``watch``, every rank says
-how many of the teacher's numbers are still in memory once an upcycled run has let it go.
+DeepSpeed's own files; ``store`` (of `dcdit sample`) while it keeps pictures that it drew. And no faults: ``mark``,
+RUN/evaluating exists while rank 0 evaluates; ``watch``, every rank says how many of the teacher's numbers are still in
+memory once an upcycled run has let it go.
 """
 
 import errno
@@ -20,7 +21,7 @@ KIND, FIRST, LAST = "", 0, 0
 
 
 def install(fault: str) -> None:
-    """Make ``fault`` ("KIND:FIRST-LAST", "mark" or "watch") part of every run of this process."""
+    """Make ``fault`` ("KIND:FIRST-LAST", "store", "mark" or "watch") part of every run of this process."""
     global KIND, FIRST, LAST
     KIND, _, span = fault.partition(":")
     FIRST, LAST = (int(number) for number in span.split("-")) if span else (0, 0)
@@ -28,6 +29,10 @@ def install(fault: str) -> None:
     if KIND == "disk":
         torch.distributed.checkpoint._storage_utils.FileSystemWriter = FullDisk
         filesystem.FileSystemWriter = FullDisk
+    if KIND == "store" and os.environ["RANK"] != "0":
+        from trainer.sampling.store import Store
+
+        FullDisk.full, Store.add = True, full_disk(Store.add)
     if KIND == "own-disk":
         from trainer.parallel import deepspeed_writer
 

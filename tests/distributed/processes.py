@@ -37,26 +37,28 @@ def begin_server() -> None:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def work(arguments: list[str], environment: dict[str, str], log: str) -> None:
-    """One process: trainer/train.py with ``arguments``, or tests/distributed/faulty.py where FAULT says so."""
+def work(command: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+    """One process: ``dcdit COMMAND`` with ``arguments``; FAULT may name a fault of tests/distributed/faulty.py."""
     with open(log, "a") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     os.chdir(ROOT)
     os.environ.update(environment)
-    from trainer import train
+    from trainer import cli
 
     if environment["FAULT"]:
         from tests.distributed import faulty
 
         faulty.install(environment["FAULT"])
-    sys.exit(train.main(arguments))
+    sys.exit(cli.main([command, *arguments]))
 
 
 class Processes:
     """The processes of one run; what tests use of ``subprocess.Popen`` works alike."""
 
-    def __init__(self, count: int, arguments: list[str], log: Path, fault: str) -> None:
+    def __init__(
+        self, count: int, arguments: list[str], log: Path, fault: str = "", command: str = "train"
+    ) -> None:
         begin_server()
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,9 @@ class Processes:
         self.processes = []
         for rank in range(count):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
-            self.processes.append(CONTEXT.Process(target=work, args=(arguments, environment | own, str(log))))
+            self.processes.append(
+                CONTEXT.Process(target=work, args=(command, arguments, environment | own, str(log)))
+            )
             self.processes[-1].start()
 
     @property

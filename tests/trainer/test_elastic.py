@@ -259,7 +259,9 @@ def test_a_budget_in_flops_reaches_the_command(trained, tmp_path, capsys):
     record = json.loads(target.with_suffix(".json").read_text())
     assert record["gflops_per_picture"] == pytest.approx(0.8 * full, rel=0.03)
     assert record["budget"]["asked"].endswith("GFLOPs") and record["tail_drop"] > 0.1
-    assert "rho" in capsys.readouterr().out
+    assert "GFLOPs per picture foreseen" in capsys.readouterr().out
+    assert cli.main([*words, "--budget", "150%", "--steps", "2"]) == 0
+    assert "--budget 150%: does not bind: a picture costs" in capsys.readouterr().out
 
 
 def test_a_budget_out_of_reach_says_what_there_is(trained):
@@ -280,10 +282,26 @@ def test_a_budget_without_calibration_or_router_says_what_to_do(tmp_path):
         with_budget("60%", Settings(), dense)
 
 
+def frechet_again(run, rho: float) -> float:
+    """The distance that a sweep of `run` is to find, from the pictures themselves and by the textbook's formula."""
+    from trainer.data import open_source
+    from trainer.evaluation.features import Offline
+    from trainer.pictures import show
+
+    source, data = load_source(run, "cpu"), open_source(run.parent / "photos", "heldout")
+    labels = [i % source.num_classes for i in range(24)]
+    drawn = generate(source, labels, Settings(steps=6, guidance=1.5, tail_drop=rho)).images
+    pictures = (np.stack([data[i]["image"] for i in range(len(data))]), show(drawn).transpose(0, 3, 1, 2))
+    a, b = (np.asarray(Offline("cpu").batch(these), np.float64) for these in pictures)
+    c, d = np.cov(a.T), np.cov(b.T)
+    root = np.sqrt(np.linalg.eigvals(c @ d).astype(complex)).real.sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c + d) - 2 * root)
+
+
 def test_sweep_writes_the_curve(trained, monkeypatch, capsys):
     monkeypatch.setattr("trainer.sweep.CALIBRATION_IMAGES", 64)
     words = ["--tail-drop", "0,0.3,0.6", "--num", "24", "--steps", "6", "--guidance", "1.5"]
-    assert cli.main(["sweep", "--checkpoint", str(trained), *words, *FEW]) == 0
+    assert cli.main(["sweep", "--checkpoint", str(trained), *words, *FEW, "--heldout", "99"]) == 0
     curve = json.loads((trained / "elastic.json").read_text())
     assert (curve["steps"], curve["method"], curve["guidance"]) == (6, "ddpm", 1.5)
     assert (curve["features"], curve["metric"]) == ("offline", "frechet")
@@ -292,7 +310,13 @@ def test_sweep_writes_the_curve(trained, monkeypatch, capsys):
     for key, falls in (("gflops_per_image", True), ("retained_share", True)):
         values = [row[key] for row in rows]
         assert values == sorted(values, reverse=falls)
-    assert all(row["frechet"] > 0 and row["heldout_mse"] > 0 and row["images_per_s"] > 0 for row in rows)
+    assert all(row["heldout_mse"] > 0 and row["images_per_s"] > 0 for row in rows)
+    for row in rows[::2]:
+        assert row["frechet"] == pytest.approx(frechet_again(trained, row["tail_drop"]), rel=1e-3)
+    assert curve["data"] == str(trained.parent / "photos") and len(curve["weights"]) == 32
+    asked = {"guidance_interval": None, "guidance_channels": None, "autoguidance": None, "eta": 0.0, "teacache": None,
+             "clip": True, "vae": None, "uncond_tail_drop": None}  # fmt: skip
+    assert {key: curve[key] for key in asked} == asked
     assert all(row["gflops_foreseen"] == pytest.approx(row["gflops_per_image"], rel=0.04) for row in rows)
     printed = capsys.readouterr().out
     assert (trained / "elastic.md").read_text().strip() in printed
@@ -324,14 +348,57 @@ def test_sweep_without_features_has_the_heldout_error_alone(trained, tmp_path):
     [
         (["--tail-drop", "0:0.5"], "a sweep takes a list of numbers"),
         (["--num", "0"], "--num: must be at least 1"),
+        (["--num", "1"], "--num: must be at least 2, not 1: a Frechet distance needs as many"),
+        (["--heldout", "1"], "--heldout: must be at least 2, not 1"),
+        (["--heldout", "0", "--calibrate"], "--heldout: must be at least 1, not 0"),
+        (["--to", "/proc/nowhere"], "--to: cannot write to /proc/nowhere"),
+        (["--vae", "x/y"], "--vae: the model makes pixels"),
+        (["--features", "dinov2"], "dinov2 needs weights"),
         (["--method", "heun"], "does not fit a model of gaussian diffusion"),
         (["--data", "/nowhere"], "/nowhere"),
     ],
 )
-def test_wrong_arguments_of_a_sweep_are_one_line(trained, words, said, capsys):
+def test_wrong_arguments_of_a_sweep_are_one_line_before_anything_is_measured(
+    trained, words, said, capsys, monkeypatch
+):
+    monkeypatch.setattr("trainer.sweep.measure", None)
     assert cli.main(["sweep", "--checkpoint", str(trained), *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+def test_a_curve_needs_no_calibration_that_cannot_be_written(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("trainer.sweep.CALIBRATION_IMAGES", 64)
+    folder = shutil.copytree(next(trained.glob("checkpoints/*/ema")), tmp_path / "copy")
+    (folder / "calibration.json").unlink(missing_ok=True)
+    (folder / ".calibration.json.part").mkdir()  # in the place of what is to be written
+    words = ["sweep", "--checkpoint", str(folder), "--data", str(trained.parent / "photos"), *FEW]
+    assert cli.main([*words, "--calibrate"]) == 2
+    assert "error: --checkpoint: cannot write to" in capsys.readouterr().err
+    few = ["--tail-drop", "0", "--num", "2", "--steps", "2", "--features", "none", "--to", str(tmp_path)]
+    assert cli.main([*words, *few]) == 0
+    assert "note: no calibration for --budget: --checkpoint: cannot write to" in capsys.readouterr().err
+    (row,) = json.loads((tmp_path / "elastic.json").read_text())["rows"]
+    assert row["gflops_foreseen"] > 0
+
+
+def test_a_calibration_goes_with_the_weights_it_was_measured_on(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (ema,) = run.glob("checkpoints/*/ema")
+    Calibration(64, *[(np.full(5, 0.25), np.full(5, 0.07))] * 2, {"measured_on": "a test"}).write(ema)
+    words = ["--overwrite", "--to", str(tmp_path / "to")]
+
+    def exported(source, *more):
+        assert cli.main(["export", str(source), *words, *more]) == 0
+        return Calibration.of(load_source(tmp_path / "to", "cpu")).about["measured_on"]
+
+    assert exported(run) == "a test"
+    once_more = shutil.copytree(tmp_path / "to", tmp_path / "once more")
+    assert exported(once_more) == "a test"
+    with pytest.raises(UserError, match="no calibration"):
+        exported(run, "--which", "model")
+    assert cli.main(["export", str(run), "--pipeline", "--to", str(tmp_path / "pipe")]) == 0
+    assert with_budget("80%", Settings(steps=4), load_source(tmp_path / "pipe", "cpu"))[0].tail_drop > 0
 
 
 def test_a_sweep_needs_data_and_a_router(tmp_path, capsys):

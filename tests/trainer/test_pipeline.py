@@ -170,8 +170,29 @@ def test_other_schedulers_may_take_its_place(latents, name):
 
 
 @pytest.mark.parametrize(
+    "name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler", "DDPMScheduler"]
+)
+def test_schedulers_of_pixels_and_of_fractional_timesteps(folder, tmp_path, name):
+    """Clipping has to know the noise level between two timesteps. One of the same class is another one, and is kept."""
+    if name == "LMSDiscreteScheduler":
+        pytest.importorskip("scipy", reason="diffusers' LMS integrates with it")
+    pipe = quiet(folder)
+    own = pipe([0, 1], 4, generator=seeded(0), output_type="latent").images
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, steps_offset=0)
+    images = pipe([0, 1], 4, generator=seeded(0), output_type="latent").images
+    assert torch.isfinite(images).all() and images.abs().max() < 1.2 and not torch.equal(images, own)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, timestep_spacing="leading")
+    images = pipe([0, 1], 4, generator=seeded(0), output_type="latent").images
+    pipe.save_pretrained(tmp_path / "saved")
+    again = quiet(tmp_path / "saved")
+    assert type(again.scheduler) is type(pipe.scheduler)
+    assert torch.equal(again([0, 1], 4, generator=seeded(0), output_type="latent").images, images)
+
+
+@pytest.mark.parametrize(
     "words, match",
     [
+        ({"precision": "fp16"}, "precision: 'fp16' is not one of fp32, bf16"),
         ({"class_labels": [4]}, "class_labels: 4 is no class.*0 to 3"),
         ({"class_labels": "dog"}, "class_labels: 'dog'"),
         ({"class_labels": []}, "at least one class"),
@@ -244,6 +265,11 @@ def test_wrong_flags(tmp_path, capsys):
         (["--pipeline"], "--to DIR"),
         (["--to", str(tmp_path / "x"), "--capacity", "0.5"], "belong to --torch-export"),
         (["--torch-export", str(tmp_path / "x.pt")], "should end in .pt2"),
+        (
+            ["--to", run, "--torch-export", "x.pt2", "--capacity", "3", "--overwrite"],
+            "--capacity: 3.0 is not above 0",
+        ),
+        (["--torch-export", "x.pt2", "--batch", "0"], "--batch: must be at least 1"),
     ]:
         assert cli.main(["export", run, *words]) == 2
         assert said in capsys.readouterr().err
