@@ -59,7 +59,7 @@ RUNS: dict[str, tuple[str, int, list[str]]] = {
     "scratch": ("from scratch", STEPS, []),
     "blocks": ("upcycled, blocks for 120 steps", STEPS, following("blocks", 120)),
     "plain": ("upcycled, no distillation", STEPS, ["upcycle.distill=none"]),
-    "hybrid": ("upcycled, hybrid for 120 steps", STEPS, following("hybrid", 120)),
+    "hybrid": ("upcycled, hybrid to the end", STEPS, following("hybrid", STEPS)),
     "pure": (
         "upcycled, blocks alone for 120 steps",
         STEPS,
