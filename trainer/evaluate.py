@@ -18,6 +18,7 @@ if __name__ == "__main__":  # as a script, sys.path[0] is trainer/: put the root
 
 import argparse
 import json
+import os
 import time
 from typing import Any
 
@@ -142,14 +143,12 @@ def run(args: argparse.Namespace) -> int:
     world = open_world(timeout_minutes=60, device=args.device.partition(":")[0])
     try:
         device = args.device if ":" in args.device else str(world.device)
-        evaluation = Evaluation(args, world, device)
-        file = evaluation.target()
-        world.agree(lambda: check_file(file, "--to"))
-        if args.keep:
-            world.agree(lambda: check_folder(Path(args.keep), "--keep"))
+        # What fails for one process alone is told by all: none waits for it, or stumbles over its absence.
+        evaluation = world.agree(lambda: Evaluation(args, world, device))
+        file = world.agree(evaluation.place)
         record = evaluation.run()
+        world.agree(lambda: world.main and write_text(file, json.dumps(record, indent=1) + "\n", "--to"))
         if world.main:
-            write_text(file, json.dumps(record, indent=1) + "\n", "--to")
             print(table(record) + f"\n\n{file}", flush=True)
         world.barrier()
     finally:
@@ -161,7 +160,6 @@ class Evaluation:
     """One evaluation, by all processes of `world` together."""
 
     def __init__(self, args: argparse.Namespace, world: Any, device: str) -> None:
-        from trainer.evaluation.features import load_together
         from trainer.sampling.arguments import load_guide, settings_from
         from trainer.sampling.bulk import choose_labels
         from trainer.sampling.progress import Line
@@ -189,13 +187,15 @@ class Evaluation:
             if there < needed:
                 what = f"--number: {args.num}, but" if args.num else "--samples: at least 2 are needed, but"
                 raise UserError(f"{what} {args.samples} has {there} pictures")
-        self.features = load_together(args.features, args.features_path, world, device)
 
     def run(self) -> dict[str, Any]:
         """Everything that is worth recording; the numbers are of rank 0."""
         import torch
 
+        from trainer.evaluation.features import load_together
+
         args, started = self.args, time.monotonic()
+        self.features = load_together(args.features, args.features_path, self.world, self.device)
         reference = self._reference()
         if self.source is None:
             reference.check_size(self.features, self.pictures.read([0]).shape[2:])
@@ -203,13 +203,21 @@ class Evaluation:
             reference.check_size(self.features, self.source.shape[1:])
         found, drawn = self._draw() if self.source is not None else self._read()
         self._say("")
-        metrics = reference.compare(found, self.device) if self.world.main else {}
+        metrics = self.world.agree(lambda: reference.compare(found, self.device) if self.world.main else {})
         return {
             "metrics": metrics, "features": self.features.about, "reference": reference.about,
             "count": found.moments.count, **drawn, "precision_recall": args.precision_recall,
             "device": torch.device(self.device).type, "processes": self.world.size, "torch": torch.__version__,
             "seconds": round(time.monotonic() - started, 1),
         }  # fmt: skip
+
+    def place(self) -> Path:
+        """`target`, tried. Raises UserError where it, or the folder of --keep, cannot be written to."""
+        file = self.target()
+        check_file(file, "--to")
+        if self.args.keep:
+            check_folder(Path(self.args.keep), "--keep")
+        return file
 
     def target(self) -> Path:
         """Where the JSON goes: as asked, else under a name that no other settings have."""
@@ -218,7 +226,8 @@ class Evaluation:
         args, source = self.args, self.source
         if args.to:
             return Path(args.to).expanduser()
-        inputs = [args.reference, args.reference_num, args.features_path, args.vae, args.precision_recall]
+        reference = args.reference and os.path.abspath(args.reference)
+        inputs = [reference, args.reference_num, args.features_path, args.vae, args.precision_recall]
         if source is None:
             path = Path(args.samples).expanduser().absolute()
             where, folder = path.stem if path.is_file() else path.name, path.parent

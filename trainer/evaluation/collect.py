@@ -95,13 +95,16 @@ def collect(
     """The features of the first `count` pictures (all without it). With fewer than all, they are taken evenly from the
     whole, so that pictures stored class by class are fairly represented.
 
-    `on_batch(done, total)` is called after each batch, on every process equally often; it may raise.
+    `on_batch(done, total)` is called after each batch, on every process equally often; it may raise. A picture that one
+    process cannot read is a UserError on all of them.
     """
     count = min(count or len(pictures), len(pictures))
     found = Collector(features, count, keep)
     chosen = np.arange(count) * len(pictures) // count
     for numbers, real in rounds(count, batch, world):
-        found.add(pictures.read(chosen[numbers[:real]]) if real else None, numbers[:real])
+        mine = numbers[:real]
+        images = world.agree(lambda mine=mine: pictures.read(chosen[mine]) if len(mine) else None)
+        found.add(images, mine)
         if on_batch is not None:
             on_batch(min(count, int(numbers[-1]) + 1), count)
     found.reduce(world)

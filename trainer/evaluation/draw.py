@@ -101,7 +101,7 @@ def draw(
         drawn = draw_batch(source, [keys[k] for k in numbers], numbers.tolist(), settings, report, guide)
         shots = to_pictures(source, drawn.images[:real], vae, vae_batch)[0] if real else []
         found.add(np.stack(shots).transpose(0, 3, 1, 2) if real else None, numbers[:real])
-        sink.take(shots, numbers[:real])
+        world.agree(lambda shots=shots, mine=numbers[:real]: sink.take(shots, mine))
         cost.take(drawn, real)
     found.reduce(world)
     cost.reduce(world)

@@ -133,7 +133,7 @@ def load_reference(
     Raises:
         UserError: as `find_reference`; fewer than two pictures.
     """
-    found = find_reference(text, features, opened)
+    found = world.agree(lambda: find_reference(text, features, opened))
     if isinstance(found, Pictures):
         return from_collector(collect(found, features, world, count, batch, keep, on_batch), found)
     path = Path(text).expanduser()

@@ -3,9 +3,10 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,8 @@ from trainer.evaluation.frechet import frechet_distance
 from trainer.evaluation.images import Npz
 from trainer.evaluation.reference import load_reference
 from trainer.evaluation.scores import InceptionScore, precision_recall
-from trainer.parallel import World, close_world, open_world
+from trainer.parallel import World, close_world, open_world, world
+from trainer.pictures import save_png
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -102,6 +104,45 @@ def test_two_processes_give_the_numbers_of_one(run, tmp_path):
     assert numbers(two) == pytest.approx(numbers(one), rel=1e-4)
     for key in ("retained_share", "gflops_per_image"):
         assert two[key] == pytest.approx(one[key], rel=1e-6)
+
+
+def _evaluate(rank: int, port: int, argv: list[str], folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world.time.sleep = lambda seconds: None  # of a rank that lets rank 0 speak first
+    with open(f"{folder}/{rank}.txt", "w") as said, redirect_stderr(said):
+        status = cli.main(["evaluate", *argv])
+        print(status, file=said)
+
+
+@pytest.mark.parametrize("problem", ["picture", "keep"])
+def test_what_fails_for_one_process_is_one_line_on_all(run, tmp_path, monkeypatch, problem):
+    if problem == "picture":  # the last of four is rank 1's
+        (tmp_path / "some").mkdir()
+        for k in range(4):
+            save_png(np.full((SIZE, SIZE, 3), 50 * k, np.uint8), tmp_path / "some" / f"{k}.png")
+        (tmp_path / "some" / "3.png").write_bytes(b"no picture")
+        argv = [
+            "--samples",
+            str(tmp_path / "some"),
+            "--reference",
+            str(run.parent / "data"),
+            "--features",
+            "offline",
+        ]
+        words = "3.png cannot be read as a picture"
+    else:
+        (tmp_path / "kept" / "000000003.png").mkdir(parents=True)  # its place is taken
+        argv = [*arguments(run, "--number", "4"), "--keep", str(tmp_path / "kept")]
+        words = "--keep: cannot write to .*kept"
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _evaluate, (port, argv, str(tmp_path)), nprocs=2, start_method="fork"
+    )
+    for rank in range(2):
+        line, status = (tmp_path / f"{rank}.txt").read_text().splitlines()
+        assert re.search(words, line) and status == "2"
 
 
 @pytest.mark.parametrize(
