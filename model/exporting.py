@@ -44,6 +44,12 @@ def usual_capacity(config) -> float:
     return min(1.0, 2 / config.target_ratio) if hasattr(config, "target_ratio") else 1.0
 
 
+def check_model(config) -> None:
+    """Raises UserError for a model that `export_step` cannot take."""
+    if getattr(config, "dydit", None) is not None:
+        raise UserError("dydit: DyDiT decides the widths of the backbone on the host, so no graph has them")
+
+
 def check_step(capacity: float | None, batch: int | None, dynamic: bool = False) -> None:
     """Raises UserError for numbers that `export_step` does not take."""
     if capacity is not None and not 0 < capacity <= 1:
@@ -69,10 +75,9 @@ def export_step(
     process that loads the program has to `import model` first.
     Raises UserError for numbers out of range, or a model with DyDiT's gates.
     """
+    check_model(model.config)
     capacity = usual_capacity(model.config) if capacity is None else capacity
     check_step(capacity, batch, dynamic)
-    if getattr(model, "gates", None):
-        raise UserError("dydit: DyDiT decides the widths of the backbone on the host, so no graph has them")
     device = next(model.parameters()).device
     # The tracer takes a dimension of size 1 for a constant.
     images = max(batch, 2) if dynamic else batch

@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 from model.errors import UserError
 from trainer.elastic import calibration_file
+from trainer.files import check_file
 from trainer.signals import EXIT_BAD_INPUT, EXIT_OK
 
 INDEX = "model_index.json"
@@ -90,8 +91,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
+        from model.exporting import check_model
+
         check(arguments)
         weights = read(arguments)
+        if arguments.torch_export:  # before anything is replaced
+            check_model(weights.sizes)
+            check_file(Path(arguments.torch_export), "--torch-export")
         if arguments.to:
             write(weights, arguments)
             print(f"{weights.name} -> {arguments.to}")

@@ -58,7 +58,7 @@ def test_configuration(capsys, shards, tmp_path, overrides, words):
 def test_batch_that_does_not_divide_over_the_processes(capsys, shards, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr("trainer.train.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("trainer.parallel.world.time.sleep", lambda seconds: None)
     run = f"run.dir={tmp_path / 'run'}"
     line = complaint(capsys, "--config", RECIPE, f"data.path={shards}", run, "train.global_batch_size=32")
     assert "train.global_batch_size" in line and "3 processes" in line and "33" in line
