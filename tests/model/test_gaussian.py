@@ -241,3 +241,13 @@ def test_a_head_that_does_not_fit_is_refused(learn_sigma, channels):
         process.losses(torch.zeros(1, channels, 4), x, x, x, torch.tensor([3]))
     with pytest.raises(UserError, match="learn_sigma"):
         process.sample(lambda x, t: torch.zeros(1, channels, 4), x, 2)
+
+
+def test_alpha_bar_between_two_timesteps_lies_on_their_line():
+    process = make_process()
+    abar, steps = process.schedule.abar, torch.arange(1000)
+    assert torch.equal(process.abar(steps), abar) and torch.equal(process.abar(steps.float()), abar)
+    between = process.abar(torch.tensor([0.25, 998.5, 999.0]))
+    assert torch.allclose(
+        between, torch.stack([0.75 * abar[0] + 0.25 * abar[1], abar[998:].mean(), abar[999]])
+    )

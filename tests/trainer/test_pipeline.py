@@ -273,3 +273,18 @@ def test_wrong_flags(tmp_path, capsys):
     ]:
         assert cli.main(["export", run, *words]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_what_cannot_be_exported_replaces_nothing(tmp_path, capsys):
+    from model import preset
+
+    gated = DCDiT(preset("DC-DiT-Ti", hidden_size=64, depth=1, num_heads=2, enc_dec_dim_factor=1, in_channels=3,
+                         num_classes=4, input_size=(8, 8), dydit=0.7))  # fmt: skip
+    source, to = export(tmp_path / "gated", gated), export(tmp_path / "to", tiny_model())
+    before = (to / "model.safetensors").read_bytes()
+    words = ["export", str(source), "--to", str(to), "--overwrite", "--torch-export"]
+    for file, said in ((tmp_path / "x.pt2", "DyDiT decides"), ("/proc/x/x.pt2", "cannot write to /proc/x")):
+        assert cli.main([*words, str(file)]) == 2
+        assert said in capsys.readouterr().err
+        words[1] = str(export(tmp_path / "plain", tiny_model(seed=1)))
+    assert (to / "model.safetensors").read_bytes() == before
