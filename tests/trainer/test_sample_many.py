@@ -159,22 +159,21 @@ def test_a_complete_folder_is_left_alone_and_another_setting_refused(run, refere
 
 def test_every_setting_resumes_from_a_moved_checkpoint_and_other_weights_are_told(run, tmp_path, capsys):
     """JSON has no tuples; and it is the hash of the weights that counts, not their place."""
-    exports = {name: tmp_path / name for name in ("here", "moved", "other")}
-    for folder, seed in zip(exports.values(), (0, 0, 1), strict=True):
-        export(folder, tiny_model(seed=seed))
+    here, other = (export(tmp_path / name, tiny_model(seed=k)) for k, name in enumerate(("here", "other")))
+    moved = shutil.copytree(here, tmp_path / "moved")
     weak, target = export(tmp_path / "weak", tiny_model(seed=2)), tmp_path / "pictures"
     flags = ["--guidance", "2", "--guidance-interval", "0.1", "0.7", "--guidance-channels", "2", "--eta", "0.5",
              "--method", "ddim", "--autoguidance", str(weak), "--tail-drop", "0:0.6,500:0.2", "--teacache", "0.03",
              "--uncond-tail-drop", "0.5,0.9", "--no-clip", "--classes", "random"]  # fmt: skip
-    assert cli.main(["sample", *command(exports["here"], target, *flags, "--batch", "8")]) == 0
+    assert cli.main(["sample", *command(here, target, *flags, "--batch", "8")]) == 0
     record = json.loads((target / "sampling.json").read_text())
     assert None not in [record[key] for key in record if key not in ("vae", "vae_weights", "budget")]
     capsys.readouterr()
-    for place in (exports["here"], exports["moved"], f"{tmp_path}/weak/../moved"):
+    for place in (here, moved, f"{tmp_path}/weak/../moved"):
         assert cli.main(["sample", *command(place, target, *flags)]) == 0
         assert "already complete" in capsys.readouterr().out
-    assert cli.main(["sample", *command(exports["other"], target, *flags)]) == 2
-    assert f"give --checkpoint {exports['here']} to go on" in capsys.readouterr().err
+    assert cli.main(["sample", *command(other, target, *flags)]) == 2
+    assert f"give --checkpoint {here} to go on" in capsys.readouterr().err
 
 
 def test_holes_of_another_batch_size_are_filled_in_order(run, reference, tmp_path):
