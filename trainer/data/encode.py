@@ -16,12 +16,12 @@ DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 DEFAULT_SCALE = 0.18215
 
 
-def fingerprint(vae: Any) -> str:
-    """sha256 of a model's weights."""
+def fingerprint(model: torch.nn.Module) -> str:
+    """sha256 of a model's weights, of any dtype, on any device."""
     digest = sha256()
-    for name, value in sorted(vae.state_dict().items()):
+    for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -81,12 +81,11 @@ def run_above(path: Path) -> Path | None:
 
 
 def weights_hash(source: Source) -> str:
-    """Of the file of the weights: a folder that was moved is the same, a run that was trained on is not."""
-    from model.pretrained import WEIGHTS
-    from trainer.data.source import file_hash
+    """Of the numbers, not of the file, whose header may be in any order: a checkpoint that was moved or exported again
+    is the same, a run that was trained on is not."""
+    from trainer.data.encode import fingerprint
 
-    file = source.path if source.path.is_file() else source.path / WEIGHTS
-    return file_hash("blake2b", str(file))[:32]
+    return fingerprint(source.model)[:32]
 
 
 def pick_device(name: str):
