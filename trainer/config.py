@@ -351,6 +351,15 @@ def _check_parallel(config: Config) -> None:
     parallel, every, keep = config.parallel, config.checkpoint.every, config.checkpoint.keep_every
     if parallel.offload and parallel.engine != "deepspeed":
         raise UserError(f"parallel.offload: only parallel.engine=deepspeed offloads, not {parallel.engine}")
+    if (parallel.engine, parallel.zero_stage, parallel.activation_checkpointing) == (
+        "deepspeed",
+        3,
+        "selective",
+    ):
+        # ZeRO 3 gathers weights in hooks that the recomputation of single operations does not call.
+        raise UserError(
+            "parallel.activation_checkpointing: selective does not go with zero_stage 3; use block, or zero_stage 2"
+        )
     if parallel.replicate > 1 and parallel.engine != "fsdp":
         raise UserError(f"parallel.replicate: only parallel.engine=fsdp has replicas, not {parallel.engine}")
     if keep is not None and keep % every:

@@ -71,6 +71,18 @@ def test_bad_arguments_name_the_key_and_the_mend(argument, words):
         assert word in message
 
 
+def test_keys_that_do_not_go_together_are_named():
+    both = [
+        "parallel.engine=deepspeed",
+        "parallel.zero_stage=3",
+        "parallel.activation_checkpointing=selective",
+    ]
+    with pytest.raises(UserError, match="activation_checkpointing: selective does not go with zero_stage 3"):
+        load_config(CONFIGS / "recipe" / "demo.yaml", both)
+    with pytest.raises(UserError, match="parallel.offload: only .*deepspeed"):
+        load_config(CONFIGS / "recipe" / "demo.yaml", ["parallel.offload=true"])
+
+
 def test_missing_key_is_named():
     with pytest.raises(UserError, match="data.path: not set; give it"):
         load_config(CONFIGS / "base.yaml")
