@@ -133,10 +133,9 @@ def scaling(folder: Path, options: argparse.Namespace) -> list[list[str]]:
 
 def predicted(engine: str, parameters: int, processes: int) -> float:
     """MB per process of float32 weights, gradients, two moments and one average, by who shares what."""
-    whole = {"ddp": 5, "ZeRO 1": 3, "ZeRO 2": 2}.get(engine, 0)  # of the five; the rest is divided
-    # DeepSpeed keeps a partition of fp32 master weights beside the weights, which here are float32 too.
-    master = 1 if engine in ("ZeRO 1", "ZeRO 2", "ZeRO 3") else 0
-    return 4e-6 * parameters * (whole + (5 - whole + master) / processes)
+    from trainer.planning import state_bytes
+
+    return 1e-6 * sum(state_bytes(engine.lower().replace(" ", ""), parameters, processes).values())
 
 
 def memory(folder: Path, options: argparse.Namespace) -> list[list[str]]:

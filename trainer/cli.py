@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "the whole path on real photographs, on this machine, in a few minutes",
     "doctor": "what is installed, what will be used, and what to install for better",
     "prepare": "turn images or latents into MDS shards",
+    "plan": "memory, communication and days of a run, on paper",
     "train": "start a run, or go on with it: the same command resumes",
     "upcycle": "start a run from a pretrained DiT: its weights, then distillation, then training",
     "sample": "draw pictures from a run or a released checkpoint: a sheet, or any number of them",
