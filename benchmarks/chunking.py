@@ -200,17 +200,16 @@ def main():
     facts, why = facts_of_this_run("benchmarks/chunking.py"), []
     print(headline(facts), flush=True)
     if args.model:
-        rows = [
-            chunking_model.show(args.rounds or (1 if args.quick else 5), getattr(torch, d))
-            for d in args.dtype
-        ]
+        rounds = args.rounds or (1 if args.quick else 5)
+        rows = [chunking_model.measure(rounds, getattr(torch, d)) | {"dtype": d} for d in args.dtype]
+        name, cells = "chunking-model", chunking_model.table(rows)
     else:
         rows = [measure(size, dtype, args, why) for dtype in args.dtype for size in args.sizes]
         add_memory(rows, why)
-        cells = table(rows)
-        print(plain_text(cells), *why, sep="\n")
-        if args.markdown:
-            place(args.markdown, "chunking", markdown(cells, facts))
+        name, cells = "chunking", table(rows)
+    print(plain_text(cells), *why, sep="\n")
+    if args.markdown:
+        place(args.markdown, name, markdown(cells, facts))
     if args.json:
         report = facts | {"rows": rows, "not_measured": why}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n")

@@ -87,9 +87,11 @@ def measure(rounds, dtype):
     return {kind: statistics.median(t[1:]) for kind, t in times.items()} | {"retained": share}
 
 
-def show(rounds, dtype):
-    row = measure(rounds, dtype)
-    print(f"DC-DiT-S, batch 8 x 32x32, forward+backward, {row['retained']:.0%} retained")
-    for kind in ("dense", "torch", "auto", "capacity"):
-        print(f"{kind:10}{row[kind]:10.0f}{row['dense'] / row[kind]:8.2f}x")
-    return row
+def table(rows):
+    """Rows of text cells, the header first."""
+    cells = [["ops", "dtype", "kept", "ms", "over dense"]]
+    for row in rows:
+        for kind in ("dense", "torch", "auto", "capacity"):
+            speedup = f"{row['dense'] / row[kind]:.2f}x"
+            cells.append([kind, row["dtype"], f"{row['retained']:.0%}", f"{row[kind]:.0f}", speedup])
+    return cells

@@ -1,0 +1,121 @@
+"""The benchmarks that are not tested beside what they measure: what they share, scenes, evidence, a step, imbalance."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import evidence, imbalance, scenes
+from benchmarks.tables import markdown, place, plain_text
+from trainer.data.manifest import Manifest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_table_takes_its_place_and_nothing_else(tmp_path):
+    file = tmp_path / "doc.md"
+    file.write_text(
+        "before\n<!-- one -->\nold\n<!-- end one -->\nbetween\n<!-- two -->\n<!-- end two -->\nafter\n"
+    )
+    place(file, "one", "new\n")
+    place(file, "two", "2\n")
+    want = "before\n<!-- one -->\nnew\n<!-- end one -->\nbetween\n<!-- two -->\n2\n<!-- end two -->\nafter\n"
+    assert file.read_text() == want
+    place(file, "one", "newer\n")
+    assert file.read_text() == want.replace("new\n", "newer\n")
+    place(tmp_path / "alone.md", "one", "text\n")
+    assert (tmp_path / "alone.md").read_text() == "text\n"
+
+
+def test_tables_have_a_line_for_every_row():
+    cells, facts = (
+        [["a", "b"], ["x", "1"], ["long", "22"]],
+        {"command": "python x", "machine": "m", "threads": 1},
+    )
+    facts |= {"torch": "2", "date": "d", "native": True}
+    assert plain_text(cells, left=1).splitlines() == ["a      b", "x      1", "long  22"]
+    assert markdown(cells, facts, left=1).splitlines()[2:] == [
+        "| a | b |",
+        "|---|---:|",
+        "| x | 1 |",
+        "| long | 22 |",
+    ]
+
+
+def test_scenes_are_a_function_of_their_arguments_and_differ_by_class(tmp_path):
+    one = scenes.scene(0, 5, 3, 32)
+    assert one.shape == (32, 32, 3) and one.dtype == np.uint8
+    assert np.array_equal(one, scenes.scene(0, 5, 3, 32))
+    for other in (scenes.scene(1, 5, 3, 32), scenes.scene(0, 6, 3, 32), scenes.scene(0, 5, 4, 32)):
+        assert not np.array_equal(one, other)
+    assert len(scenes.CLASSES) == len(set(scenes.CLASSES)) == 64
+
+    def rough(label):
+        pictures = np.stack([scenes.scene(0, label, n, 32) for n in range(8)]).astype(float)
+        return np.abs(np.diff(pictures, axis=2)).mean()
+
+    by_fill = {fill: rough(k) for k, fill in enumerate(scenes.FILLS)}
+    assert (
+        by_fill["graded", "flat"] < 0.3 * by_fill["flat", "grain"]
+    )  # there are flat pictures and textured ones
+    scenes.write(tmp_path, 1, 16, 0)
+    assert len(list(tmp_path.glob("*/*.png"))) == 64
+
+
+@pytest.fixture
+def plan():
+    names = tuple(scenes.CLASSES)
+    manifest = Manifest(
+        kind="pixels", channels=3, height=32, width=32, class_names=names, splits={"train": 640, "heldout": 64},
+        flip=None, source="scenes", recipe={},
+    )  # fmt: skip
+    return argparse.Namespace(preset="DC-DiT-XS", data="x", set=[], images=12800, batch=32), manifest
+
+
+def test_every_run_of_the_evidence_costs_the_same(plan):
+    args, manifest = plan
+    budget = evidence.cost("dcdit", args.images, args, manifest)
+    for name in evidence.RUNS:
+        images = evidence.images_of(name, args, manifest)
+        step = evidence.per_image(name, args, manifest)[1] * args.batch
+        assert images % args.batch == 0 and abs(evidence.cost(name, images, args, manifest) - budget) <= step
+    assert evidence.images_of("dcdit", args, manifest) == 12800
+    assert evidence.images_of("dit4", args, manifest) > evidence.images_of("n16", args, manifest) > 12800
+    assert evidence.images_of("dit2", args, manifest) == pytest.approx(12800, rel=0.05)
+
+
+def test_imbalance_grows_with_ranks_and_less_when_stratified():
+    u = np.linspace(0, 1, 4000, endpoint=False)
+    recorded = u, 300.0 - 200 * u
+    alone = [imbalance.simulate(recorded, ranks, 4, "alone", 30) for ranks in (4, 64)]
+    spread = [imbalance.simulate(recorded, ranks, 4, "stratified", 30) for ranks in (4, 64)]
+    best = imbalance.simulate(recorded, 64, 4, "best", 30)
+    assert 1 < alone[0] < alone[1] and 1 <= best < spread[1] < alone[1] and spread[0] < alone[0]
+
+
+def test_a_step_is_measured_and_its_parts_add_up(tmp_path):
+    words = ["--models", "DC-DiT-Ti,DiT-Ti/2", "--batch", "2", "--grid", "8", "--rounds", "1", "--warm", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks/step.py"), *words, "--parts", "--threads", "1"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "x.json")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [(row["model"], row["kind"]) for row in rows] == [
+        ("DC-DiT-Ti", "eager"), ("DC-DiT-Ti", "capacity"), ("DiT-Ti/2", "eager"),
+    ]  # fmt: skip
+    for row in rows:
+        assert sum(row["parts"].values()) == pytest.approx(1) and row["parts"]["matrix products"] > 0
+        assert row["images_per_second"] == pytest.approx(2000 / row["ms"])
+        assert row["efficiency"] == pytest.approx(
+            row["images_per_second_over_dit"] * row["gflops_per_image_over_dit"]
+        )
+    assert rows[2]["efficiency"] == 1 and 0.2 < rows[0]["retained"] < 0.3
+    assert "DC-DiT-Ti" in done.stdout
