@@ -176,7 +176,21 @@ def measure(args, device):
 
 
 def table(rows):
-    cells = [["model", "kind", "kept", "ms", "images/s", "over DiT", "GFLOPs", "FLOPs over DiT", "MFU", "GB"]]
+    cells = [
+        [
+            "model",
+            "kind",
+            "kept",
+            "ms",
+            "images/s",
+            "over DiT",
+            "GFLOPs",
+            "FLOPs over DiT",
+            "efficiency",
+            "MFU",
+            "GB",
+        ]
+    ]
     for row in rows:
         cells.append([
             row["model"], row["kind"], form(row["retained"], ".1%"), form(row["ms"], ".1f"),
