@@ -10,7 +10,7 @@ Letters as in model/dcdit.py: L cells of the grid, T tokens of a batch, D and E 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -122,9 +122,10 @@ def count(module: nn.Module) -> int:
 
 
 def sizes(config: Any) -> Sizes:
-    """Of the model of `config`, built on the meta device."""
+    """Of the model of `config`, on the meta device: for a small grid, on which only the position table depends."""
+    patch = getattr(config, "patch_size", 1)
     with torch.device("meta"):
-        model = (DiT if hasattr(config, "patch_size") else DCDiT)(config)
+        model = (DiT if hasattr(config, "patch_size") else DCDiT)(replace(config, input_size=8 * patch))
     parts = {name: getattr(model, name, None) for name in ("router", "residual_proj", "gates")}
     exact = [count(m) for m in parts.values() if m is not None]
     wide = [count(m) for name in ("encoder", "decoder") if (m := getattr(model, name, None)) is not None]
@@ -135,7 +136,7 @@ def sizes(config: Any) -> Sizes:
         if isinstance(m, nn.Linear | nn.Conv2d) and not exactly:
             cast[name.startswith("backbone.blocks")] += sum(p.numel() for p in m.parameters(recurse=False))
     total = count(model)
-    buffers = sum(b.numel() for b in model.buffers())
+    buffers = math.prod(config.input_size) // patch**2 * config.hidden_size
     return Sizes(total, sum(exact), tuple(units), total - sum(units) - sum(exact), *cast, buffers)
 
 

@@ -162,6 +162,12 @@ def test_a_recipe_with_overrides_and_what_does_not_fit(capsys):
         (["--model", "XL", "--mfu", "35"], "--mfu: a share in (0, 1], got 35"),
         (["--model", "XL", "--size", "250"], "--size: 250 is not a multiple of 8"),
         (["--model", "XL", "--grid", "32x"], "--grid: '32x' is not H, HxW or HxWxC"),
+        (["--model", "XL", "--grid", "99999"], "--grid: 99999 has more than 4096 cells on a side"),
+        (["--model", "XL", "--engine", "hsdp"], "--replicate: hsdp on one node needs"),
+        (
+            ["--model", "XL", "--engine", "zero3", "--checkpointing", "selective"],
+            "--checkpointing: selective does not",
+        ),
         (["--model", "XL", "train.mirco_batch_size=4"], "did you mean 'train.micro_batch_size'?"),
         (["--config", "configs/recipe/imagenet512_xl.yaml"], "--size: not given"),
         ([], "--model: not given"),
