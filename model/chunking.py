@@ -175,9 +175,8 @@ def pack_all(x_BLD: Tensor, attention: str) -> Packed:
     """Every token of every image, as DiT has it: all sequences equally long."""
     B, L, _ = x_BLD.shape
     cu_seqlens = torch.arange(0, (B + 1) * L, L, dtype=torch.int32, device=x_BLD.device)
-    seqlens = (
-        (L,) * B if isinstance(B, int) else None
-    )  # a symbol while torch.export traces, and not needed there
+    # B is a symbol while torch.export traces; the lengths are not needed there.
+    seqlens = (L,) * B if isinstance(B, int) else None
     return Packed(x_BLD.flatten(0, 1), None, cu_seqlens, L, seqlens, L, attention)
 
 

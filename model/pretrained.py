@@ -1,5 +1,6 @@
 """Save and read models: a folder with model.safetensors and config.json."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -61,6 +62,16 @@ def save_weights(folder: str | os.PathLike, model_name: str, config, state: dict
         os.replace(beside, folder / CONFIG)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """sha256 of a model's weights, of any dtype, on any device. Of the numbers: the header of a safetensors file may
+    have its entries in any order."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def model_class(folder: str | os.PathLike) -> str:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,10 +27,23 @@ PEAK_TFLOPS = {
 }
 # While an upcycled model learns from its teacher.
 FOLLOWING = ("loss_blocks", "loss_teacher_noise", "loss_teacher_variance")
+COUNTS = (
+    "natural",
+    "retained",
+    "overflow",
+)  # summed over the micro-batches of a step; the others are averaged
 KEYS = (
     "loss", "loss_diffusion", "loss_ratio", "loss_mse", "loss_vlb", "natural", "retained", "overflow", "loss_flops",
     "backbone_share", *FOLLOWING,
 )  # fmt: skip
+
+
+class Step(NamedTuple):
+    """One optimizer step, on the device: which of KEYS it had, their values per micro-batch, and the gradient norm."""
+
+    keys: tuple[str, ...]
+    parts: list[torch.Tensor]
+    norm: torch.Tensor
 
 
 class StepStats:
@@ -44,9 +57,8 @@ class StepStats:
         self._reset()
 
     def _reset(self) -> None:
-        self.steps: list[torch.Tensor] = []  # one row of KEYS and the gradient norm per step, on the device
-        self._followed: list[set[str]] = []  # per step: which of FOLLOWING it had
-        self._parts: list[dict[str, torch.Tensor]] = []
+        self._steps: list[Step] = []
+        self._parts: list[torch.Tensor] = []  # of the step under way, one vector per micro-batch
         self.seconds_data = self._away = 0.0
         self._start = time.perf_counter()
 
@@ -65,29 +77,36 @@ class StepStats:
         return batch
 
     def add(self, parts: dict[str, torch.Tensor]) -> None:
-        self._parts.append(parts)
+        """The parts of a micro-batch, scalars on the device. One small kernel: what is to be made of them is made on
+        the host, when the row is due."""
+        self._keys = tuple(key for key in KEYS if key in parts)
+        self._parts.append(torch.stack([parts[key].float() for key in self._keys]))
 
     def end(self, norm: torch.Tensor, lr: float, tail_drop: float) -> None:
-        zero = torch.zeros((), device=self.world.device)
-        columns = [torch.stack([p.get(k, zero).float() for p in self._parts]) for k in KEYS]
-        summed = [
-            c.sum() if k in ("natural", "retained", "overflow") else c.mean()
-            for k, c in zip(KEYS, columns, strict=True)
-        ]
-        self.steps.append(torch.stack([*summed, norm.detach().float()]))
-        self._followed.append(self._parts[0].keys() & set(FOLLOWING))
+        self._steps.append(Step(self._keys, self._parts, norm.detach().float().reshape(1)))
         self._parts = []
         self.lr, self.rho = lr, tail_drop
+
+    def _local(self) -> torch.Tensor:
+        """(steps, KEYS and the gradient norm) float32 on the host: one read for all of them."""
+        numbers = torch.cat([part for step in self._steps for part in (*step.parts, step.norm)]).cpu()
+        table = torch.zeros(len(self._steps), len(KEYS) + 1)
+        for row, step in zip(table, self._steps, strict=True):
+            size = len(step.parts) * len(step.keys)
+            for key, column in zip(step.keys, numbers[:size].view(len(step.parts), -1).T, strict=True):
+                row[KEYS.index(key)] = column.sum() if key in COUNTS else column.mean()
+            row[-1], numbers = numbers[size], numbers[size + 1 :]
+        return table
 
     def row(self, step: int, images: int) -> dict[str, Any] | None:
         """One row of ``metrics.jsonl``, the same on every rank; over the finite steps only, None where there is
         none. The only place where training waits for the device."""
-        local = torch.stack(self.steps).cpu()
+        local = self._local()
         seconds = time.perf_counter() - self._start - self._away
         everyone = [torch.empty_like(local) for _ in range(self.world.size)]
         dist.all_gather(everyone, local, group=self.world.control)
         table = torch.stack(everyone).double()  # rank, step, key
-        count = len(self.steps)
+        count = len(self._steps)
         finite = torch.isfinite(table).all(dim=2).all(dim=0)
         table = table[:, finite]
         if table.shape[1] == 0:
@@ -101,7 +120,7 @@ class StepStats:
             "loss_mse": mean["loss_mse"], "loss_vlb": mean["loss_vlb"], "loss_ratio": mean["loss_ratio"],
         }  # fmt: skip
         for key in FOLLOWING:  # over the steps that had it: a row may span the end of the stage
-            had = torch.tensor([key in step for step in self._followed])[finite]
+            had = torch.tensor([key in step.keys for step in self._steps])[finite]
             if had.any():
                 row[key] = float(table[:, had, KEYS.index(key)].mean())
         row |= self._tokens(table, mean)
@@ -141,7 +160,7 @@ class StepStats:
         that was followed counts as one forward of its own."""
         retained = None if row["tokens"] is None else row["tokens"] / self.config.train.global_batch_size
         per_image = 3 * flops(self.model_config, retained)["total"]
-        followed = sum(map(bool, self._followed)) / len(self._followed)
+        followed = sum(any(key in FOLLOWING for key in step.keys) for step in self._steps) / len(self._steps)
         if followed:
             per_image += followed * flops(self.teacher)["total"]
         tflops = per_image * row["images_per_second"] / self.world.size / 1e12

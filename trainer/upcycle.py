@@ -12,7 +12,6 @@ same command resumes; `trainer/train.py` with `upcycle.teacher` set is the same.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from model import DCDiT, DCDiTConfig, DiT, DiTConfig, preset
 from model.chunking import Routing
 from model.config import SIZES
 from model.errors import UserError
-from model.pretrained import CONFIG, read_config
+from model.pretrained import CONFIG, fingerprint, read_config
 from model.weights import load_dit, read_dit_config
 from trainer import train
 from trainer.checkpoint import find_export, read_state
@@ -97,12 +96,9 @@ def load_teacher(config: Config) -> DiT:
 
 def identify(config: Config, teacher: DiT) -> dict[str, str]:
     """``path``, where ``upcycle.teacher`` leads to at present, and ``sha256`` of the weights read from there."""
-    path, digest = Path(config.upcycle.teacher), hashlib.sha256()
-    for name, value in sorted(teacher.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.contiguous().numpy())
+    path = Path(config.upcycle.teacher)
     path = find_export(path) if path.is_dir() else path
-    return {"path": str(path.resolve()), "sha256": digest.hexdigest()}
+    return {"path": str(path.resolve()), "sha256": fingerprint(teacher)}
 
 
 def _heads(config: Config, path: Path) -> int:

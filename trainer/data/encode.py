@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,6 @@ from trainer.data.size import Size, as_flag, as_size
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 DEFAULT_SCALE = 0.18215
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """sha256 of a model's weights, of any dtype, on any device."""
-    digest = sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def latent_shape(vae: Any, size: int | Size) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from model.pretrained import fingerprint
 from trainer.data import encode
 from trainer.data.listing import Item, Listing, list_images, parts_of, split_and_order
 from trainer.data.manifest import NAME, Manifest, checksum
@@ -132,7 +133,7 @@ def make_plan(options: Options) -> Plan:
             vae = load_vae(options.vae)
         except UserError as error:
             raise UserError(f"{error}; or --vae none for pixels") from None
-        kind, shape, weights = "latents", encode.latent_shape(vae, size), encode.fingerprint(vae)
+        kind, shape, weights = "latents", encode.latent_shape(vae, size), fingerprint(vae)
         scale = options.scale or getattr(vae.config, "scaling_factor", None) or encode.DEFAULT_SCALE
     numbers = shape[0] * shape[1] * shape[2]
     bytes_each = numbers if kind == "pixels" else numbers * (8 if options.mirror else 4)

@@ -49,9 +49,8 @@ class FSDP(TorchEngine):
         options = {"mesh": self.mesh, "offload_policy": offload or OffloadPolicy()}
         for block in model.backbone.blocks:
             fully_shard(block, mp_policy=compute, **options)
-        for unit in parts(
-            model, "gates", "router", "residual_proj"
-        ):  # fp32 whatever the rest is (DC-DiT v2 §3.3)
+        # fp32 whatever the rest is (DC-DiT v2 §3.3)
+        for unit in parts(model, "gates", "router", "residual_proj"):
             fully_shard(unit, mp_policy=exact, **options)
         for unit in parts(model, "encoder", "decoder"):
             fully_shard(unit, mp_policy=compute, **options)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.encode import fingerprint
+from model.pretrained import fingerprint
 from trainer.drawing import Drawn, draw_batch, stream_keys
 from trainer.elastic import amount, budget_line, with_budget
 from trainer.files import writing

@@ -83,7 +83,7 @@ def run_above(path: Path) -> Path | None:
 def weights_hash(source: Source) -> str:
     """Of the numbers, not of the file, whose header may be in any order: a checkpoint that was moved or exported again
     is the same, a run that was trained on is not."""
-    from trainer.data.encode import fingerprint
+    from model.pretrained import fingerprint
 
     return fingerprint(source.model)[:32]
 
