@@ -285,28 +285,34 @@ def test_killed_and_started_again_gives_the_same_bytes(source, vae, tmp_path, wo
         source, tmp_path / "whole", vae=str(vae), size=64, batch=2, shard_bytes=int(0.008 * (1 << 20))
     )
     prepare_images(whole)
-    to = tmp_path / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(source, to, str(vae), "--workers", str(workers)),
-        env=environment, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while len(list(to.rglob(".shard.*.json"))) < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)  # only it: its workers find out by themselves
-    process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in to.rglob("shard.*.zstd")}
+    # On a busy machine the kill can come too late: then once more, elsewhere.
+    attempts = (killed_midway(source, tmp_path / f"killed-{n}", vae, workers) for n in range(5))
+    to, pid, kept = next(filter(None, attempts))
     assert (to / "progress.json").is_file() and not (to / "manifest.json").exists()
-    assert 3 <= len(kept) < 12
     with pytest.raises(UserError, match="no manifest.json"):
         open_source(to)
     prepare_images(options(source, to, vae=str(vae), size=64, batch=2, shard_bytes=int(0.008 * (1 << 20))))
-    gone(process.pid)
+    gone(pid)
     assert contents(to) == contents(tmp_path / "whole")
     if workers == 1:
         assert all(path.stat().st_mtime_ns == stamp for path, stamp in list(kept.items())[:2])
+
+
+def killed_midway(source, to, vae, workers):
+    """(folder, process id, finished shards with their times) of a preparation killed after some of its 12 shards, or
+    None if it was through before."""
+    process = subprocess.Popen(
+        command(source, to, str(vae), "--workers", str(workers)),
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(to.rglob(".shard.*.json"))) < 3 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()  # only it: its workers find out by themselves
+    assert process.wait() in (0, -signal.SIGKILL)
+    kept = {path: path.stat().st_mtime_ns for path in to.rglob("shard.*.zstd")}
+    return (to, process.pid, kept) if 3 <= len(kept) < 12 and not (to / "manifest.json").exists() else None
 
 
 @pytest.mark.parametrize("point", ["write_index", "Manifest.write", "_tidy"])
