@@ -14,7 +14,6 @@ With --model the whole DC-DiT-S instead (chunking_model.py).
 """
 
 import argparse
-import json
 import signal
 import statistics
 import sys
@@ -28,7 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import chunking_model
 from benchmarks.chunking_cases import SIZES, Size, dense, inputs, ours, run, tokens, widened
 from benchmarks.chunking_memory import KINDS, memory
-from benchmarks.tables import facts_of_this_run, headline, keep_memory, markdown, place, plain_text
+from benchmarks.tables import (
+    add_outputs,
+    facts_of_this_run,
+    headline,
+    keep_memory,
+    markdown,
+    plain_text,
+    write_outputs,
+)
 
 PASSES = ("forward", "forward_backward")
 WARM = 2  # untimed rounds before the timed ones
@@ -171,8 +178,7 @@ def parse():
     parser.add_argument(
         "--no-compile", action="store_true", help="without the dense form under torch.compile"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--markdown", metavar="FILE", help="and the table, as markdown")
+    add_outputs(parser, "--json", "--markdown")
     parser.add_argument(
         "--dtype", help="of the inputs, one or more (default float32,bfloat16; --model: float32)"
     )
@@ -208,11 +214,7 @@ def main():
         add_memory(rows, why)
         name, cells = "chunking", table(rows)
     print(plain_text(cells), *why, sep="\n")
-    if args.markdown:
-        place(args.markdown, name, markdown(cells, facts))
-    if args.json:
-        report = facts | {"rows": rows, "not_measured": why}
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    write_outputs(args, name, markdown(cells, facts), facts | {"rows": rows, "not_measured": why})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.tables import facts_of_this_run, headline, markdown, place, plain_text
+from benchmarks.tables import add_outputs, facts_of_this_run, headline, markdown, plain_text, write_outputs
 from model.flops import flops
 from trainer.build import model_config
 from trainer.charts import Series, line_chart, standalone
@@ -212,9 +212,7 @@ def parse():
     add("--heldout", type=int, default=640)
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe, for every run")
     add("--collect", action="store_true", help="only the table of what is there")
-    add("--svg", metavar="FILE", help="Frechet distance over FLOPs of a picture")
-    add("--json", metavar="FILE")
-    add("--markdown", metavar="FILE")
+    add_outputs(parser, "--json", "--markdown", "--svg")
     args = parser.parse_args()
     args.only, args.seeds = args.only.split(","), [int(seed) for seed in args.seeds.split(",")]
     if unknown := [name for name in args.only if name not in RUNS]:
@@ -235,12 +233,7 @@ def main():
         measure(name, args, folder)
     rows, facts = collect(args, manifest), facts_of_this_run("benchmarks/evidence.py")
     print("\n" + headline(facts) + "\n" + plain_text(table(rows), left=1))
-    if args.markdown:
-        place(args.markdown, "evidence", markdown(table(rows), facts, left=1))
-    if args.svg:
-        Path(args.svg).write_text(plot(rows))
-    if args.json:
-        Path(args.json).write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    write_outputs(args, "evidence", markdown(table(rows), facts, left=1), facts | {"rows": rows}, plot(rows))
 
 
 if __name__ == "__main__":

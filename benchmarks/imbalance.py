@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.router_texture import heldout_of
-from benchmarks.tables import facts_of_this_run, headline, markdown, place, plain_text
+from benchmarks.tables import add_outputs, facts_of_this_run, headline, markdown, plain_text, write_outputs
 from trainer import randomness
 from trainer.charts import Series, line_chart, standalone
 from trainer.checkpoint import find_latest, read_state
@@ -108,8 +108,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--run", dest="measured", action="store_true", help="the trainer on 4 processes too")
     parser.add_argument("--steps", type=int, default=200)
-    for name in ("json", "markdown", "svg"):
-        parser.add_argument(f"--{name}", metavar="FILE")
+    add_outputs(parser, "--json", "--markdown", "--svg")
     args = parser.parse_args()
     source, facts = load_source(args.run, "cpu"), facts_of_this_run("benchmarks/imbalance.py")
     print(headline(facts), flush=True)
@@ -127,12 +126,7 @@ def main() -> None:
         how = "measured, trainer on 4 processes" if "measured" in row else "simulated"
         cells.append([str(row["ranks"]), str(row["per_rank"]), *values, how])
     print(plain_text(cells, left=0))
-    if args.markdown:
-        place(args.markdown, "imbalance", markdown(cells, facts, left=0))
-    if args.svg:
-        Path(args.svg).write_text(plot(rows))
-    if args.json:
-        Path(args.json).write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    write_outputs(args, "imbalance", markdown(cells, facts, left=0), facts | {"rows": rows}, plot(rows))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import nn
 
-from benchmarks.tables import facts_of_this_run, headline, markdown, place, plain_text
+from benchmarks.tables import add_outputs, facts_of_this_run, headline, markdown, plain_text, write_outputs
 from trainer.charts import Series, line_chart, standalone
 from trainer.data import open_data, open_source
 from trainer.sampling.source import load_source
@@ -124,8 +124,7 @@ def main() -> None:
         "--data", metavar="DIR", help="prepared pixels with held-out images (default: the run's)"
     )
     text.add_argument("--every", type=int, default=3, help="use every n-th held-out image (default: 3)")
-    text.add_argument("--markdown", metavar="FILE")
-    text.add_argument("--svg", metavar="FILE")
+    add_outputs(text, "--markdown", "--svg")
     arguments = text.parse_args()
     source = load_source(arguments.run, "cpu")
     data = open_source(arguments.data, "heldout") if arguments.data else heldout_of(source)
@@ -137,11 +136,8 @@ def main() -> None:
     cells = tables(seen, detail(images).mean(1), labels)
     print(f"{headline(facts)}; {len(images)} held-out images")
     print("\n\n".join(plain_text(part, left=1) for part in cells))
-    if arguments.markdown:
-        first, second = (markdown(part, facts, left=1) for part in cells)
-        place(arguments.markdown, "router", first + "\n" + second.split("\n\n", 1)[1])
-    if arguments.svg:
-        Path(arguments.svg).write_text(plot(seen))
+    first, second = (markdown(part, facts, left=1) for part in cells)
+    write_outputs(arguments, "router", first + "\n" + second.split("\n\n", 1)[1], svg=plot(seen))
 
 
 def heldout_of(source):

@@ -15,7 +15,6 @@ With --parts also where the time goes, by kind of kernel, from torch's profiler.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -25,7 +24,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.tables import facts_of_this_run, headline, keep_memory, markdown, place, plain_text
+from benchmarks.tables import (
+    add_outputs,
+    facts_of_this_run,
+    headline,
+    keep_memory,
+    markdown,
+    plain_text,
+    write_outputs,
+)
 from model import DCDiT, DiT, preset, ratio_loss
 from model.diffusion import make_process
 from model.errors import UserError
@@ -229,8 +236,7 @@ def parse():
     add("--threads", type=int)
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--parts", action="store_true", help="also where the time goes")
-    add("--json", metavar="FILE")
-    add("--markdown", metavar="FILE")
+    add_outputs(parser, "--json", "--markdown")
     args = parser.parse_args()
     args.models, args.kinds = args.models.split(","), args.kinds.split(",")
     args.precision = args.precision or ("fp32" if args.device == "cpu" else "bf16")
@@ -260,10 +266,7 @@ def main():
     if args.parts:
         text += "\n" + "\n".join(markdown(parts_table(rows), facts, left=2).splitlines()[2:]) + "\n"
         print("\n" + plain_text(parts_table(rows), left=2))
-    if args.markdown:
-        place(args.markdown, "step", text)
-    if args.json:
-        Path(args.json).write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    write_outputs(args, "step", text, facts | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the benchmarks share: tables, the facts of a run, and an allocator that keeps its memory."""
 
 import datetime
+import json
 import os
 import platform
 import shlex
@@ -14,6 +15,29 @@ from model.ops import available
 # glibc's allocator, told to keep what is freed: else every large tensor of every form comes as untouched pages, and
 # taking those costs several times the arithmetic of any form.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+
+
+OUTPUTS = {
+    "--json": "the numbers, too",
+    "--markdown": "and the table, between its own lines of this file",
+    "--svg": "and the chart",
+}
+
+
+def add_outputs(parser, *flags):
+    """Flags, of OUTPUTS, that `write_outputs` reads."""
+    for flag in flags:
+        parser.add_argument(flag, metavar="FILE", help=OUTPUTS[flag])
+
+
+def write_outputs(args, name, text, numbers=None, svg=None):
+    """Write what was asked for: `text` in its place in --markdown, `numbers` as --json, `svg` as --svg."""
+    if args.markdown:
+        place(args.markdown, name, text)
+    if getattr(args, "json", None):
+        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+    if getattr(args, "svg", None):
+        Path(args.svg).write_text(svg)
 
 
 def plain_text(cells, left=3):
@@ -47,13 +71,10 @@ def command(script):
     """The command line without its output files."""
     words, skip = [], False
     for word in sys.argv[1:]:
-        if (
-            not skip
-            and not word.startswith(("--json=", "--markdown="))
-            and word not in ("--json", "--markdown")
-        ):
+        output = word.split("=")[0] in OUTPUTS
+        if not skip and not output:
             words.append(word)
-        skip = word in ("--json", "--markdown")
+        skip = output and "=" not in word
     return shlex.join(["python", script, *words])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import evidence, imbalance, scenes
-from benchmarks.tables import markdown, place, plain_text
+from benchmarks.tables import add_outputs, command, markdown, place, plain_text, write_outputs
 from trainer.data.manifest import Manifest
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +44,18 @@ def test_tables_have_a_line_for_every_row():
         "| x | 1 |",
         "| long | 22 |",
     ]
+
+
+def test_outputs_are_written_where_asked_and_left_out_of_the_command(tmp_path, monkeypatch):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds")
+    add_outputs(parser, "--json", "--markdown", "--svg")
+    words = ["--json", str(tmp_path / "n.json"), "--rounds", "5", f"--svg={tmp_path / 'c.svg'}"]
+    write_outputs(parser.parse_args(words), "one", "text\n", {"rows": [1]}, "<svg/>")
+    assert json.loads((tmp_path / "n.json").read_text()) == {"rows": [1]}
+    assert (tmp_path / "c.svg").read_text() == "<svg/>" and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(sys, "argv", ["x", *words])
+    assert command("benchmarks/step.py") == "python benchmarks/step.py --rounds 5"
 
 
 def test_scenes_are_a_function_of_their_arguments_and_differ_by_class(tmp_path):
@@ -86,6 +98,36 @@ def test_every_run_of_the_evidence_costs_the_same(plan):
     assert evidence.images_of("dcdit", args, manifest) == 12800
     assert evidence.images_of("dit4", args, manifest) > evidence.images_of("n16", args, manifest) > 12800
     assert evidence.images_of("dit2", args, manifest) == pytest.approx(12800, rel=0.05)
+
+
+def test_evidence_is_collected_with_its_spread_over_seeds(plan, tmp_path):
+    """One seed of DiT/2 and a run that is not there; of DC-DiT two seeds at two rhos."""
+    args, manifest = plan
+    args.only, args.seeds, args.to = ["dcdit", "dit2", "cosine"], [0, 1, 2], tmp_path
+    points = {"dcdit-0": (0.04, 0.05), "dcdit-1": (0.02, 0.03), "dit2-0": (0.05,)}
+    for folder, errors in points.items():
+        (tmp_path / folder).mkdir()
+        found = [
+            {
+                "tail_drop": rho,
+                "retained_share": 0.25,
+                "gflops_per_image": 10 - k,
+                "heldout_mse": e,
+                "frechet": 2 * e,
+            }
+            for k, (rho, e) in enumerate(zip((0.0, 0.3), errors, strict=False))
+        ]
+        (tmp_path / folder / "elastic.json").write_text(json.dumps({"rows": found}))
+    rows = evidence.collect(args, manifest)
+    assert [(row["run"], row["tail_drop"], row["seeds"]) for row in rows] == [
+        ("dcdit", 0.0, [0, 1]), ("dcdit", 0.3, [0, 1]), ("dit2", 0.0, [0]),
+    ]  # fmt: skip
+    assert [row["heldout_mse"] for row in rows] == pytest.approx([0.03, 0.04, 0.05])
+    assert [row["frechet_spread"] for row in rows] == pytest.approx([0.02, 0.02, 0])
+    cells = evidence.table(rows)
+    assert len(cells) == 4 and all(len(line) == len(cells[0]) for line in cells)
+    assert cells[1][-2] == "0.0300 ± 0.0100" and cells[3][-2] == "0.0500"
+    assert evidence.plot(rows).startswith("<svg")
 
 
 def test_imbalance_grows_with_ranks_and_less_when_stratified():
