@@ -7,7 +7,8 @@ Imbalance of a step: tokens of the most loaded rank over the mean; the others wa
 Simulated: the trained model is run once on held-out images at noise levels all over the range, and its counts are
 written down; batches are then dealt by the trainer's own rules (trainer/randomness.py) to many ranks, each image taking
 the count of a recorded one at nearly its noise level. "Best": timesteps chosen so that only the images differ, which
-no dealing by noise level can better. With --run also measured: the trainer itself, four processes, 20 steps.
+no dealing by noise level can better. "van der Corput": the bits of the place in reverse in place of the golden ratio,
+so that slices of a power of two are exactly even; not in the trainer. With --run also measured: the trainer itself, four processes, 20 steps.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from trainer.data import heldout_batches
 from trainer.sampling.source import load_source
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("alone", "stratified", "best")
+KINDS = ("alone", "stratified", "van der Corput", "best")
 RANKS, PER_RANK = (4, 64, 1024), (4, 16)
 NEAR = 12  # recorded counts nearest in noise level that a simulated image may take
 
@@ -62,12 +63,20 @@ def simulate(recorded, ranks: int, per_rank: int, kind: str, steps: int) -> floa
     for step in range(steps):
         positions = step * batch + np.arange(batch)
         u = randomness.time_uniform(0, positions, batch, stratify=kind != "alone")
+        if kind == "van der Corput":
+            u = (u[0] + van_der_corput(batch)) % 1
         if kind == "best":
             u = np.tile((np.arange(per_rank) + 0.5) / per_rank, ranks)
         near = np.searchsorted(levels, u) + random.integers(-NEAR // 2, NEAR // 2, batch)
         tokens = counts[near.clip(0, len(counts) - 1)].reshape(ranks, per_rank).sum(1)
         found.append(tokens.max() / tokens.mean())
     return float(np.mean(found))
+
+
+def van_der_corput(n: int) -> np.ndarray:
+    """The first n numbers of the sequence in base 2: 0, 1/2, 1/4, 3/4, 1/8, ..."""
+    bits = (np.arange(n)[:, None] >> np.arange(32)) & 1
+    return bits @ 0.5 ** np.arange(1, 33)
 
 
 def measure(run: Path, stratify: bool, processes: int = 4, steps: int = 20) -> float:
@@ -90,7 +99,7 @@ def measure(run: Path, stratify: bool, processes: int = 4, steps: int = 20) -> f
 
 def plot(rows: list[dict]) -> str:
     """Imbalance over the number of ranks, by dealing; the fewest images a rank."""
-    names = {"alone": "each timestep alone", "stratified": "stratified", "best": "best"}
+    names = {kind: kind for kind in KINDS} | {"alone": "each timestep alone"}
     few = [row for row in rows if row["per_rank"] == min(PER_RANK) and "measured" not in row]
     series = [
         Series(name, [(float(np.log2(row["ranks"])), row[kind]) for row in few], tone=k)
@@ -118,9 +127,9 @@ def main() -> None:
             kinds = {kind: simulate(recorded, ranks, per_rank, kind, args.steps) for kind in KINDS}
             rows.append({"ranks": ranks, "per_rank": per_rank, **kinds})
     if args.measured:
-        kinds = {"alone": measure(args.run, False), "stratified": measure(args.run, True), "best": None}
+        kinds = dict.fromkeys(KINDS) | {kind: measure(args.run, kind == "stratified") for kind in KINDS[:2]}
         rows.append({"ranks": 4, "per_rank": 8, **kinds, "measured": True})
-    cells = [["ranks", "images a rank", "each timestep alone", "stratified", "best", ""]]
+    cells = [["ranks", "images a rank", "each timestep alone", *KINDS[1:], ""]]
     for row in rows:
         values = ["-" if row[k] is None else f"{row[k]:.3f}" for k in KINDS]
         how = "measured, trainer on 4 processes" if "measured" in row else "simulated"
