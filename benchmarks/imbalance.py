@@ -8,7 +8,8 @@ Simulated: the trained model is run once on held-out images at noise levels all 
 written down; batches are then dealt by the trainer's own rules (trainer/randomness.py) to many ranks, each image taking
 the count of a recorded one at nearly its noise level. "Best": timesteps chosen so that only the images differ, which
 no dealing by noise level can better. "van der Corput": the bits of the place in reverse in place of the golden ratio,
-so that slices of a power of two are exactly even; not in the trainer. With --run also measured: the trainer itself, four processes, 20 steps.
+so that slices of a power of two are exactly even; not in the trainer. With --run also measured: the trainer itself,
+four processes, 20 steps.
 """
 
 from __future__ import annotations
