@@ -90,11 +90,14 @@ def train(name, seed, args, manifest, folder):
         "run.dir": folder, "run.seed": seed, "run.name": f"{name}-{seed}", "train.total_images": images,
         "train.global_batch_size": args.batch, "train.tail_drop_after": args.images // 4,
     }  # fmt: skip
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={args.processes}", "--standalone"]
-    command = [*launcher, "trainer/train.py", "--config", RECIPE, *(f"{k}={v}" for k, v in keys.items())]
     print(f"\n{name}, seed {seed}: {images} images", flush=True)
-    call(command)
+    call(launcher(args) + ["trainer/train.py", "--config", RECIPE, *(f"{k}={v}" for k, v in keys.items())])
     (folder / "complete").write_text("")
+
+
+def launcher(args):
+    """What stands before a script that is to run in all processes."""
+    return ["-m", "torch.distributed.run", f"--nproc_per_node={args.processes}", "--standalone"]
 
 
 def call(command):
@@ -111,7 +114,7 @@ def measure(name, args, folder):
     if not file.is_file() or json.loads(file.read_text())["num"] != args.pictures:
         rhos = "0" if RUNS[name][0].startswith("DiT/") else args.rhos
         call([
-            "trainer/sweep.py", "--checkpoint", folder, "--num", args.pictures, "--steps", args.steps,
+            *launcher(args), "trainer/sweep.py", "--checkpoint", folder, "--number", args.pictures, "--steps", args.steps,
             "--method", "ddim", "--tail-drop", rhos, "--batch", 64, "--heldout", args.heldout,
         ])  # fmt: skip
     return json.loads(file.read_text())["rows"]
@@ -204,7 +207,7 @@ def parse():
     add("--only", default=",".join(RUNS), metavar="RUN,..", help=f"of {', '.join(RUNS)}")
     add("--preset", default="DC-DiT-XS")
     add("--batch", type=int, default=16)
-    add("--processes", type=int, default=min(2, os.cpu_count() or 1), help="of each training run")
+    add("--processes", type=int, default=min(2, os.cpu_count() or 1), help="of each run")
     add("--data", metavar="DIR", help="prepared data (default: scenes, made beside --to)")
     add("--rhos", default="0,0.3,0.6")
     add("--pictures", type=int, default=256, help="drawn at each rho (default: 256)")

@@ -8,7 +8,8 @@ parallel.compile does), each with packing `exact` and, for a DC-DiT, `capacity`.
 Columns: ms, median of a step; images/s; over DiT: images/s over those of the first DiT; FLOPs over DiT: the same of an
 image's FLOPs (model/flops.py); efficiency: their product, 1 where time goes with FLOPs; MFU, where the peak is known;
 GB, peak memory (GPUs).
-With --parts also where the time goes, by kind of kernel, from torch's profiler.
+With --parts also where the time goes: by kind of kernel, from torch's profiler; and by component, forward and backward,
+beside the component's share of the FLOPs.
 
     python benchmarks/step.py [--models DC-DiT-S,DiT-S/2] [--kinds eager,capacity] [--batch 8] [--grid 32]
         [--precision fp32|bf16] [--tail-drop 0.0] [--rounds 5] [--threads N] [--parts] [--json FILE] [--markdown FILE]
@@ -51,6 +52,56 @@ PARTS = {
 }
 
 
+COMPONENTS = {  # as in the forward of a DC-DiT, in order, and what model/flops.py calls them
+    "before": ("embed",),
+    "encoder": ("encoder",),
+    "routing and packing": ("routing", "residual"),
+    "backbone": ("backbone",),
+    "de-chunk": ("dechunk",),
+    "decoder": ("decoder",),
+    "after": ("head",),
+}
+
+
+class Stopwatch:
+    """Seconds by component of one forward and backward. Its marks are the entries and exits of encoder, backbone and
+    decoder: calls on the way in, gradients on the way back."""
+
+    def __init__(self, model, device):
+        self.device, self.seconds = device, dict.fromkeys(COMPONENTS, 0.0)
+        self.handles, self.last = [], None
+        # A DiT is a backbone with something before and after.
+        names = list(COMPONENTS) if hasattr(model, "encoder") else ["before", "backbone", "after"]
+        for behind, name, ahead in zip(names, names[1:], names[2:], strict=False):
+            if module := getattr(model, name, None):
+                enter, leave = self._mark(behind, name), self._mark(name, ahead)
+                self.handles += [
+                    module.register_forward_pre_hook(lambda _, inputs, mark=enter: mark(inputs[0])),
+                    module.register_forward_hook(lambda _, inputs, output, mark=leave: mark(output)),
+                ]
+
+    def _mark(self, before, after):
+        """What is done at a tensor on the border: forward comes from `before`, backward from `after`."""
+
+        def mark(tensor):
+            self.add(before)
+            tensor.register_hook(lambda gradient: self.add(after))
+
+        return mark
+
+    def add(self, name):
+        """All time since the last call was `name`'s; None: nobody's."""
+        wait(self.device)
+        now = time.perf_counter()
+        if name:
+            self.seconds[name] += now - self.last
+        self.last = now
+
+    def remove(self):
+        for handle in self.handles:
+            handle.remove()
+
+
 class Step:
     """One model and all that a step of it needs."""
 
@@ -78,7 +129,10 @@ class Step:
     def _noisy(self):
         return self.process.add_noise(self.x0, self.noise, self.t)
 
-    def run(self):
+    def run(self, watch=None):
+        """The step; `watch` is told when its forward begins and its backward ends."""
+        if watch:
+            watch.add(None)
         x_t, bf16 = self._noisy(), self.args.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             out = self.model(x_t, self.process.model_time(self.t), self.y, tail_drop=self.args.tail_drop)
@@ -87,6 +141,8 @@ class Step:
             routing = out.routing
             loss = loss + 0.03 * ratio_loss(routing.boundary_prob, routing.natural, self.sizes.target_ratio)
         loss.backward()
+        if watch:
+            watch.add("before")
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -121,6 +177,18 @@ class Step:
 
     def _cells(self):
         return self.sizes.input_size[0] * self.sizes.input_size[1]
+
+    def components(self):
+        """Of each component its share of the time of forward and backward, and of the FLOPs."""
+        watch = Stopwatch(self.model, self.device)
+        for _ in range(self.args.rounds):
+            self.run(watch)
+        watch.remove()
+        spent, counted = sum(watch.seconds.values()), flops(self.sizes, self.kept)
+        return {
+            name: (watch.seconds[name] / spent, sum(counted[key] for key in keys) / counted["total"])
+            for name, keys in COMPONENTS.items()
+        }
 
     def parts(self):
         """{kind of kernel: share of the time of all kernels}, and the five largest kernels that are in no kind."""
@@ -179,6 +247,7 @@ def measure(args, device):
         row["efficiency"] = base and row["images_per_second_over_dit"] * row["gflops_per_image_over_dit"]
         if args.parts:
             row["parts"], row["largest_of_the_rest"] = step.parts()
+            row["components"] = step.components()
     return rows
 
 
@@ -215,6 +284,21 @@ def parts_table(rows):
         name, share = next(iter(row["largest_of_the_rest"].items()), ("-", 0.0))
         shares = [f"{share:.1%}" for share in row["parts"].values()]
         cells.append([row["model"], row["kind"], *shares, f"{name[:40]} {share:.1%}"])
+    return cells
+
+
+def components_table(rows):
+    cells = [["model", "kind", "share of", *COMPONENTS]]
+    for row in rows:
+        for k, of in enumerate(("time", "FLOPs")):
+            cells.append(
+                [
+                    row["model"],
+                    row["kind"],
+                    of,
+                    *(f"{shares[k]:.1%}" for shares in row["components"].values()),
+                ]
+            )
     return cells
 
 
@@ -264,8 +348,9 @@ def main():
     text = markdown(table(rows), facts, left=2)
     print(plain_text(table(rows), left=2))
     if args.parts:
-        text += "\n" + "\n".join(markdown(parts_table(rows), facts, left=2).splitlines()[2:]) + "\n"
-        print("\n" + plain_text(parts_table(rows), left=2))
+        for cells, left in ((parts_table(rows), 2), (components_table(rows), 3)):
+            text += "\n" + "\n".join(markdown(cells, facts, left=left).splitlines()[2:]) + "\n"
+            print("\n" + plain_text(cells, left=left))
     write_outputs(args, "step", text, facts | {"rows": rows})
 
 
