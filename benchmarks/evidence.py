@@ -114,8 +114,8 @@ def measure(name, args, folder):
     if not file.is_file() or json.loads(file.read_text())["num"] != args.pictures:
         rhos = "0" if RUNS[name][0].startswith("DiT/") else args.rhos
         call([
-            *launcher(args), "trainer/sweep.py", "--checkpoint", folder, "--number", args.pictures, "--steps", args.steps,
-            "--method", "ddim", "--tail-drop", rhos, "--batch", 64, "--heldout", args.heldout,
+            *launcher(args), "trainer/sweep.py", "--checkpoint", folder, "--number", args.pictures,
+            "--steps", args.steps, "--method", "ddim", "--tail-drop", rhos, "--batch", 64, "--heldout", args.heldout,
         ])  # fmt: skip
     return json.loads(file.read_text())["rows"]
 

@@ -5,14 +5,14 @@ Timed: what training gets, complete batches on the CPU (decoding, latents drawn 
 workers have started and the shards are unpacked; files are in the page cache. Rounds are interleaved over
 the formats, so that a busy machine slows both; the table shows medians.
 
-    python benchmarks/loader.py [--workers 0,1,2] [--quick] [--need IMAGES_PER_SECOND] [--json FILE]
+Need: the images per second of one GPU that trains DC-DiT at --mfu of --peak, from model/flops.py; or --need. "feeds":
+the sizes whose need the slower format meets with these workers.
+
+    python benchmarks/loader.py [--workers 0,1,2] [--quick] [--mfu 0.45] [--peak 989] [--need IMAGES_PER_SECOND]
+        [--json FILE] [--markdown FILE]
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,6 +25,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.tables import add_outputs, facts_of_this_run, headline, markdown, plain_text, write_outputs
+from model import preset
+from model.flops import flops
 from trainer.data import Manifest, open_source, train_loader
 from trainer.data.manifest import checksum
 from trainer.data.shards import write_index, write_shard
@@ -66,26 +69,21 @@ def rate(folder: Path, workers: int, batch: int, seconds: float) -> float:
     return seen / (time.perf_counter() - begin)
 
 
-def machine() -> str:
-    """The processor and how many of it may be used."""
-    name = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cpus} CPUs"
+def needs(args) -> dict[str, float]:
+    """Images per second that one GPU takes, by size."""
+    if args.need:
+        return {"--need": args.need}
+    spent = {size: 3 * flops(preset(size))["total"] for size in ("S", "B", "L", "XL")}
+    return {size: args.mfu * args.peak * 1e12 / each for size, each in spent.items()}
 
 
-def show(result: dict) -> None:
-    print(f"{result['machine']}; torch {result['torch']}; {result['date']}")
-    print(f"{result['samples']} samples, batches of {result['batch']}, median of {result['rounds']} rounds")
-    need = result["need"]
-    print(f"\n{'workers':>8}" + "".join(f"{name:>14}" for name in FORMATS) + ("   enough" if need else ""))
+def table(result: dict) -> list[list[str]]:
+    cells = [["workers", *(f"{name}, images/s" for name in FORMATS), "feeds"]]
     for workers in result["workers"]:
         rates = [result["images_per_second"][name][str(workers)] for name in FORMATS]
-        enough = ", ".join(name for name, r in zip(FORMATS, rates, strict=True) if r >= (need or 0)) or "none"
-        print(f"{workers:>8}" + "".join(f"{r:>14,.0f}" for r in rates) + (f"   {enough}" if need else ""))
+        fed = [size for size, need in result["need"].items() if min(rates) >= need]
+        cells.append([str(workers), *(f"{r:,.0f}" for r in rates), ", ".join(fed) or "none"])
+    return cells
 
 
 def main() -> None:
@@ -98,9 +96,13 @@ def main() -> None:
     add("--batch", type=int, default=64, help="images per batch (default: 64)")
     add("--seconds", type=float, default=3.0, help="per measurement (default: 3)")
     add("--rounds", type=int, default=3)
-    add("--need", type=float, help="images per second that one GPU's training takes")
+    add("--mfu", type=float, default=0.45, help="that training is to reach (default: 0.45)")
+    add(
+        "--peak", type=float, default=989.0, metavar="TFLOPS", help="of the GPU, bf16 (default: 989, an H200)"
+    )
+    add("--need", type=float, help="images per second that one GPU's training takes, in place of the two")
     add("--quick", action="store_true", help="small and short")
-    add("--json", type=Path, metavar="FILE")
+    add_outputs(parser, "--json", "--markdown")
     args = parser.parse_args()
     if args.quick:
         args.samples, args.seconds, args.rounds = 1024, 0.5, 1
@@ -113,14 +115,14 @@ def main() -> None:
             for n in workers:
                 for name in FORMATS:
                     rates[name][str(n)].append(rate(folders[name], n, args.batch, args.seconds))
-    result = {
-        "machine": machine(), "torch": torch.__version__, "date": datetime.date.today().isoformat(),
-        "samples": args.samples, "batch": args.batch, "rounds": args.rounds, "workers": workers, "need": args.need,
+    facts = facts_of_this_run("benchmarks/loader.py")
+    result = facts | {
+        "samples": args.samples, "batch": args.batch, "rounds": args.rounds, "workers": workers, "need": needs(args),
         "images_per_second": {k: {n: statistics.median(r) for n, r in v.items()} for k, v in rates.items()},
     }  # fmt: skip
-    show(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    needed = "Need, images/s: " + ", ".join(f"{size} {need:,.0f}" for size, need in result["need"].items())
+    print(f"{headline(facts)}\n{needed}\n{plain_text(table(result), left=0)}")
+    write_outputs(args, "loader", f"{markdown(table(result), facts, left=0)}\n{needed}.\n", result)
 
 
 if __name__ == "__main__":
