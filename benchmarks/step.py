@@ -38,8 +38,8 @@ from model import DCDiT, DiT, preset, ratio_loss
 from model.diffusion import make_process
 from model.errors import UserError
 from model.flops import flops
+from trainer.gpus import peak_tflops
 from trainer.parallel.apply import compile_blocks
-from trainer.stats import PEAK_TFLOPS
 
 KINDS = ("eager", "capacity", "compiled", "compiled_capacity")
 PARTS = {
@@ -162,12 +162,7 @@ class Step:
         milliseconds = statistics.median(self.milliseconds)
         images = 1e3 * self.args.batch / milliseconds
         gflops = 3 * flops(self.sizes, self.kept)["total"] / 1e9
-        peak = next(
-            (v for k, v in PEAK_TFLOPS.items() if k in torch.cuda.get_device_name())
-            if self.device.type == "cuda"
-            else iter(()),
-            None,
-        )
+        peak = peak_tflops(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
         share = None if self.kept is None else sum(self.kept) / len(self.kept) / self._cells()
         return {
             "model": self.name, "kind": self.kind, "retained": share, "ms": milliseconds,

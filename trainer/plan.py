@@ -23,6 +23,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from model.errors import UserError
+from trainer.gpus import GPUS
 
 ENGINES = ("all", "fsdp", "hsdp", "ddp", "zero1", "zero2", "zero3")
 # Of the paper: 400K steps of 256 images (DC-DiT v2 §4.1); preset, pixels, cells of the grid's side.
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         "--gpu",
         default="h100",
         metavar="NAME",
-        help="a100, h100, h200, b200, mi250x, mi300x, mi355x (default: h100)",
+        help=f"{', '.join(GPUS)} (default: h100)",
     )
     add(
         "--network",
@@ -101,8 +102,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    from trainer.planning import GPUS
-
     args.gpu = args.gpu.lower()
     if args.gpu not in GPUS:
         near = difflib.get_close_matches(args.gpu, GPUS, 1, 0.4)
@@ -176,7 +175,7 @@ def read(args: argparse.Namespace) -> tuple[Any, int, list[str]]:
     from trainer.config import load_config
     from trainer.data.batches import check_batch
     from trainer.ema import ema_decays
-    from trainer.planning import GPUS, Setting
+    from trainer.planning import Setting
 
     model = [f"model.preset={args.model}"] if args.model else []
     given = [text.split("=")[0] for text in args.overrides]
@@ -242,7 +241,8 @@ def make(s: Any, total_images: int, names: list[str]) -> dict[str, Any]:
         | p.speed(s, name)
         for name in names
     ]
-    best = max(row["images_per_second"] for row in rows)
+    fitting = [row for row in rows if row["memory"]["fits"]]
+    best = max(row["images_per_second"] for row in fitting or rows)
     tokens = p.retained_tokens(s.model, s.micro)
     return {
         "model": s.model.to_dict(),

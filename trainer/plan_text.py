@@ -86,9 +86,10 @@ def render(plan: dict[str, Any], s: Any, notes: list[str]) -> str:
         f"{s.accumulation}, {'bf16' if s.bf16 else 'fp32'}, activation checkpointing {s.checkpointing}, "
         f"averages: {s.averages}" + (f", hsdp: {s.replicate} replicas" if replicas else ""),
     ]
+    fits = "that fits" if any(row["memory"]["fits"] for row in plan["engines"]) else "though none fits"
     tail = [
         f"{plan['total_images'] / s.batch:,.0f} steps of {s.batch}: {plan['days']:.2g} days with the fastest engine "
-        "above",
+        f"above {fits}",
         f"loader: {loader['images_per_second_per_node']:,.0f} images/s and "
         f"{loader['bytes_per_second_per_node'] / 1e9:.2g} GB/s per node; "
         f"a checkpoint: {plan['checkpoint_bytes'] / 1e9:.1f} GB",

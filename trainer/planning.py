@@ -23,7 +23,7 @@ from model.chunking import capacity
 from model.flops import flops
 from model.linear import Float32Linear
 from model.router import Float32Conv2d
-from trainer.stats import PEAK_TFLOPS
+from trainer.gpus import Gpu
 
 FLOAT = 4  # bytes
 ENGINES = ("fsdp", "hsdp", "ddp", "zero1", "zero2", "zero3")
@@ -35,37 +35,9 @@ WHOLE = {
 }
 # DeepSpeed's defaults, in elements, which our configuration does not change.
 REDUCE_BUCKET, MAX_LIVE, PREFETCH_BUCKET = 500_000_000, 1_000_000_000, 50_000_000
+PEERS = 7  # other GPUs that one of a mesh has a link to
 LINK_SHARE = 0.7  # of a link's data sheet that a collective reaches
 RESERVE = 0.1  # of a GPU's memory: context, communicators, workspaces, fragmentation
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A device by the vendor's data sheet: memory in GB (1e9), dense bf16 peak in TFLOP/s, memory bandwidth, link to
-    the other GPUs of the node and the node's network per GPU, each in GB/s and one direction."""
-
-    name: str
-    memory: float
-    tflops: float
-    bandwidth: float
-    link: float
-    network: float
-
-
-# Network: of the vendors' reference systems (DGX A100: 200 Gb/s per GPU; DGX H100, H200, B200 and the MI300X and MI355X
-# platforms: 400). MI250X: one of its two dies, which is one device; 200 Gb/s per module, the slowest xGMI link.
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("a100", 80, PEAK_TFLOPS["A100"], 2039, 300, 25),
-        Gpu("h100", 80, PEAK_TFLOPS["H100"], 3350, 450, 50),
-        Gpu("h200", 141, PEAK_TFLOPS["H200"], 4800, 450, 50),
-        Gpu("b200", 180, PEAK_TFLOPS["B200"], 8000, 900, 50),
-        Gpu("mi250x", 64, PEAK_TFLOPS["MI250"], 1638, 50, 12.5),
-        Gpu("mi300x", 192, PEAK_TFLOPS["MI300X"], 5300, 448, 50),
-        Gpu("mi355x", 288, PEAK_TFLOPS["MI355"], 8000, 538, 50),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -304,8 +276,12 @@ def memory(s: Setting, engine: str) -> dict[str, Any]:
 
 def bus(s: Setting, members: int, per_node: int) -> float:
     """Bytes/s of a ring over `members` processes, `per_node` of them in each node: the node's link, or where it leaves
-    the node, the network of those GPUs."""
-    speed = s.gpu.link if members <= per_node else min(s.gpu.link, per_node * s.gpu.network)
+    the node, the network of those GPUs. Fewer than eight of a mesh have that many fewer links among them."""
+    near, speed = min(members, per_node), s.gpu.link
+    if s.gpu.mesh:
+        speed *= min(max(near - 1, 1), PEERS) / PEERS
+    if members > per_node:
+        speed = min(speed, per_node * s.gpu.network)
     return LINK_SHARE * speed * 1e9
 
 
@@ -391,4 +367,4 @@ def latent_bytes(model: Any) -> int:
     """A sample of the shards: mean and deviation of the image and of its mirror image, float16 (docs/data.md); pixels
     are one byte."""
     values = math.prod(model.input_size) * model.in_channels
-    return values if model.in_channels == 3 else 4 * 2 * values
+    return values if model.in_channels in (1, 3) else 4 * 2 * values

@@ -13,18 +13,9 @@ import torch.distributed as dist
 
 from model.flops import flops
 from trainer.config import Config
+from trainer.gpus import peak_tflops
 from trainer.parallel import World
 
-# Dense bf16 peaks of the vendors' data sheets, TFLOP/s, for MFU; a device not listed shows none.
-PEAK_TFLOPS = {
-    "H200": 989,
-    "H100": 989,
-    "A100": 312,
-    "B200": 2250,
-    "MI250": 191,
-    "MI300X": 1307,
-    "MI355": 2500,
-}
 # While an upcycled model learns from its teacher.
 FOLLOWING = ("loss_blocks", "loss_teacher_noise", "loss_teacher_variance")
 COUNTS = (
@@ -51,9 +42,8 @@ class StepStats:
 
     def __init__(self, config: Config, world: World, model_config: Any) -> None:
         self.config, self.world, self.model_config = config, world, model_config
-        name = torch.cuda.get_device_name() if world.device.type == "cuda" else ""
         self.teacher: Any = None  # config of the model that is followed, if any
-        self.peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
+        self.peak = peak_tflops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
         self._reset()
 
     def _reset(self) -> None:
