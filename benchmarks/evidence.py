@@ -177,7 +177,7 @@ def plot(rows):
         for k, (name, points) in enumerate(lines.items())
     ]
     chart = line_chart(series, x_label="GFLOPs per picture", y_label="Frechet distance (offline features)")
-    return standalone(chart, "Quality over compute at equal training FLOPs")
+    return standalone("Quality over compute at equal training FLOPs", chart)
 
 
 def prepare(args):

@@ -106,9 +106,8 @@ def plot(rows: list[dict]) -> str:
         Series(name, [(float(np.log2(row["ranks"])), row[kind]) for row in few], tone=k)
         for k, (kind, name) in enumerate(names.items())
     ]
-    return standalone(
-        line_chart(series, x_label="log2 of the number of ranks"), "Imbalance of packed tokens over ranks"
-    )
+    chart = line_chart(series, x_label="log2 of the number of ranks")
+    return standalone("Imbalance of packed tokens over ranks", chart)
 
 
 def main() -> None:

@@ -60,6 +60,12 @@ class Dealt(nn.Module):
         return torch.cat([p_BL[:, :1], torch.empty_like(inner).scatter(1, places, inner), p_BL[:, -1:]], 1)
 
 
+def agreement(chosen_BL: torch.Tensor, measured_BL: torch.Tensor) -> torch.Tensor:
+    """(B,) rank correlations over the places of each image but the forced ends; nan where nothing varies."""
+    pairs = zip(chosen_BL[:, 1:-1].numpy(), measured_BL[:, 1:-1].numpy(), strict=True)
+    return torch.tensor([spearmanr(p, d)[0] if d.std() > 0 else np.nan for p, d in pairs])
+
+
 @torch.no_grad()
 def look(source, images: torch.Tensor, labels: torch.Tensor, time_step: int) -> dict:
     """share (B,), correlation (B,) inside the images, and the mean error by order, at this timestep."""
@@ -68,7 +74,7 @@ def look(source, images: torch.Tensor, labels: torch.Tensor, time_step: int) -> 
     noise = torch.randn(images.shape, generator=generator)
     chance = torch.rand(len(images), images[0, 0].numel(), generator=generator)
     measured, router = detail(images), model.router
-    found = {"share": [], "inside": [], **{order: [] for order in ORDERS}}
+    found = {"share": [], "inside": [], "inside by chance": [], **{order: [] for order in ORDERS}}
     model.router = dealt = Dealt(router)
     try:
         for part in torch.arange(len(images)).split(32):
@@ -81,9 +87,8 @@ def look(source, images: torch.Tensor, labels: torch.Tensor, time_step: int) -> 
                 found[order].append(process.losses(out.sample, x0, x_t, n, t).mse)
                 if order == "router":
                     found["share"].append(out.routing.natural.float().mean(1))
-                    pairs = zip(dealt.last[:, 1:-1].numpy(), measured[part][:, 1:-1].numpy(), strict=True)
-                    inside = [spearmanr(p, d)[0] if d.std() > 0 else np.nan for p, d in pairs]
-                    found["inside"].append(torch.tensor(inside))
+                    found["inside"].append(agreement(dealt.last, measured[part]))
+                    found["inside by chance"].append(agreement(chance[part], measured[part]))
     finally:
         model.router = router
     return {name: torch.cat(values) for name, values in found.items()}
@@ -109,12 +114,41 @@ def tables(seen: dict[int, dict], measured: torch.Tensor, labels: torch.Tensor) 
     return images, places
 
 
-def plot(seen: dict[int, dict]) -> str:
-    """Share kept and correlation inside an image, over the noise level."""
-    share = [(float(t), found["share"].mean().item()) for t, found in seen.items()]
-    inside = [(float(t), found["inside"].nanmean().item()) for t, found in seen.items()]
-    series = [Series("share of tokens kept", share), Series("rank correlation with detail", inside, tone=1)]
-    return standalone(line_chart(series, x_label="timestep (0: clean)"), "What the router keeps")
+def plot(seen: dict[int, dict], measured: torch.Tensor) -> str:
+    """Three charts over the noise level: share kept, rank correlation inside an image, error by order."""
+
+    def over_time(value):
+        return [(float(t), float(value(found))) for t, found in seen.items()]
+
+    low, high = measured.quantile(1 / 3), measured.quantile(2 / 3)
+    kept = [
+        Series("all", over_time(lambda found: found["share"].mean())),
+        Series(
+            "most textured third", over_time(lambda found: found["share"][measured >= high].mean()), tone=1
+        ),
+        Series("flattest third", over_time(lambda found: found["share"][measured <= low].mean()), tone=2),
+    ]
+    inside = [
+        Series(name, over_time(lambda found, key=key: found[key].nanmean()), tone=k)
+        for k, (name, key) in enumerate((("router", "inside"), ("by chance", "inside by chance")))
+    ]
+    inside.append(Series("by detail", over_time(lambda _: 1.0), tone=2))
+    errors = [
+        Series(
+            name,
+            over_time(lambda found, name=name: 100 * (found[name].mean() / found["router"].mean() - 1)),
+            tone=k,
+        )
+        for k, name in enumerate(ORDERS)
+    ]
+    x_label = "timestep (0: clean)"
+    return standalone(
+        "The router: share of tokens kept; rank correlation with local detail inside an image; "
+        "error where as many tokens are chosen otherwise, % above the router's",
+        line_chart(kept, x_label=x_label, y_percent=True),
+        line_chart(inside, x_label=x_label),
+        line_chart(errors, x_label=x_label),
+    )
 
 
 def main() -> None:
@@ -133,11 +167,12 @@ def main() -> None:
     labels = torch.from_numpy(columns["label"]).long()
     seen = {t: look(source, images, labels, t) for t in TIMES}
     facts = facts_of_this_run("benchmarks/router_texture.py")
-    cells = tables(seen, detail(images).mean(1), labels)
+    texture = detail(images).mean(1)
+    cells = tables(seen, texture, labels)
     print(f"{headline(facts)}; {len(images)} held-out images")
     print("\n\n".join(plain_text(part, left=1) for part in cells))
     first, second = (markdown(part, facts, left=1) for part in cells)
-    write_outputs(arguments, "router", first + "\n" + second.split("\n\n", 1)[1], svg=plot(seen))
+    write_outputs(arguments, "router", first + "\n" + second.split("\n\n", 1)[1], svg=plot(seen, texture))
 
 
 def heldout_of(source):

@@ -8,9 +8,12 @@ to a phone's width. The classes it uses (`axis`, `gridline`, `tick`, `s0`.. for 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
+from functools import cache
+from html import escape, unescape
+from pathlib import Path
 
 WIDTH, HEIGHT = 460, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 44
@@ -227,14 +230,48 @@ def _thin(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[
     return out
 
 
-def standalone(chart: str, title: str) -> str:
-    """A chart of this module as an SVG file of its own: light colours, no legend, `title` above it."""
-    style = (
-        "svg{background:#fff;font:12px system-ui,sans-serif}.gridline{stroke:#e4e1d9}.axis,.mark{stroke:#8a8f98}"
-        ".tick,.label,.over{fill:#626a76}.line{fill:none;stroke:#16766f;stroke-width:2}.dot{fill:#16766f}"
+def standalone(title: str, *charts: str) -> str:
+    """Line charts of this module side by side as one SVG file: light colours, each with its legend, `title` above."""
+    legends = [_legend_inside(chart) for chart in charts]
+    lift = 28 + max(height for _, height in legends)
+    boxes, height = [chart[chart.index("<svg") :] for chart in charts], 0
+    for k, box in enumerate(boxes):
+        tall = int(re.search(r'viewBox="0 0 \d+ (\d+)"', box)[1])
+        boxes[k] = box.replace("<svg", f'<svg x="{k * WIDTH}" y="{lift}" width="{WIDTH}" height="{tall}"', 1)
+        height = max(height, lift + tall)
+    over = "".join(
+        f'<g transform="translate({k * WIDTH},28)">{part}</g>' for k, (part, _) in enumerate(legends)
     )
-    body = chart[chart.index("<svg") :]
-    head, rest = body.split(">", 1)
-    head = head.replace(f'viewBox="0 0 {WIDTH} {HEIGHT}"', f'viewBox="0 -26 {WIDTH} {HEIGHT + 26}"')
-    size = f'width="{2 * WIDTH}" xmlns="http://www.w3.org/2000/svg"'
-    return f"{head} {size}><style>{style}</style>{_text(LEFT, -9, title, 'start', 'label')}{rest}"
+    wide = WIDTH * len(charts)
+    size = f'viewBox="0 0 {wide} {height}" width="{wide * 1.5:.0f}" xmlns="http://www.w3.org/2000/svg"'
+    heading = _text(LEFT, 18, title, "start", "title")
+    return f"<svg {size}><style>{_style()}</style>{heading}{over}{''.join(boxes)}</svg>\n"
+
+
+def _legend_inside(chart: str) -> tuple[str, int]:
+    """The legend of a chart as SVG, and its height."""
+    x, y, out = LEFT, 0, []
+    for tone, name in re.findall(r'class="swatch s(\d)"></i>([^<]*)', chart):
+        long = 24 + 6.4 * len(unescape(name))
+        if x > LEFT and x + long > WIDTH - RIGHT:
+            x, y = LEFT, y + 17
+        out.append(f'<rect class="dot s{tone}" x="{x}" y="{y + 3}" width="10" height="4"/>')
+        out.append(f'<text class="tick" x="{x + 15}" y="{y + 10}">{name}</text>')
+        x += long
+    return "".join(out), y + 17 if out else 0
+
+
+@cache
+def _style() -> str:
+    """Of a file of its own: the page's light colours."""
+    page = (Path(__file__).parent / "assets" / "report.css").read_text()
+    tones = dict(reversed(re.findall(r"--s(\d): (#[0-9a-f]+)", page)))  # the first is the light one
+    lines = "".join(
+        f".line.s{k}{{stroke:{tones[str(k)]}}}.dot.s{k}{{fill:{tones[str(k)]}}}" for k in range(TONES)
+    )
+    return (
+        "svg{background:#fff;font:12px system-ui,sans-serif}.gridline{stroke:#e4e1d9}.axis,.mark{stroke:#8a8f98}"
+        ".mark{stroke-dasharray:4 4}.tick,.label,.over{fill:#626a76}.title{fill:#22262e;font-size:14px}"
+        ".over{paint-order:stroke;stroke:#fff;stroke-width:4px}.line{fill:none;stroke-width:2}.faint{opacity:.4}"
+        + lines
+    )

@@ -423,8 +423,8 @@ def plot(values: dict[str, Any]) -> str:
     series = [
         Series("", [point[:2] for point in points], style="dots", labels=[point[2] for point in points])
     ]
-    return standalone(line_chart(series, x_label=f"GFLOPs per image ({values['steps']} {values['method']} steps)",
-                                 y_label=named), named)  # fmt: skip
+    x_label = f"GFLOPs per image ({values['steps']} {values['method']} steps)"
+    return standalone(named, line_chart(series, x_label=x_label, y_label=named))
 
 
 if __name__ == "__main__":

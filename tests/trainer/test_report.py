@@ -261,6 +261,25 @@ def _svg(chart: str):
     return ElementTree.fromstring(chart[chart.index("<svg") :])
 
 
+def test_charts_side_by_side_in_a_file_of_their_own():
+    """Each panel has its place, its legend inside it, and a colour for every line."""
+    names = ["one <&>", "two", "three", "a long name that needs a line of its own, or nearly so"]
+    series = [charts.Series(name, [(0, k), (1, k + 1)], tone=k) for k, name in enumerate(names)]
+    small = charts.line_chart(series[:1], x_label="x", height=200)
+    svg = ElementTree.fromstring(charts.standalone("title", charts.line_chart(series, x_label="x"), small))
+    space = "{http://www.w3.org/2000/svg}"
+    panels = svg.findall(f"{space}svg")
+    assert [int(panel.get("x")) for panel in panels] == [0, charts.WIDTH]
+    bottom = max(int(panel.get("y")) + int(panel.get("height")) for panel in panels)
+    assert svg.get("viewBox") == f"0 0 {2 * charts.WIDTH} {bottom}"
+    legend, other = svg.findall(f"{space}g")
+    assert [text.text for text in legend.findall(f"{space}text")] == names and len(other) == 2
+    below = max(float(text.get("y")) for text in legend.findall(f"{space}text"))
+    assert 28 + below < int(panels[0].get("y")) and below > 17  # the last name is on the second line
+    style = svg.find(f"{space}style").text
+    assert len(set(re.findall(r"\.line\.s\d{stroke:(#\w+)}", style))) == charts.TONES
+
+
 @pytest.mark.parametrize("points", [[], [(5, 1.0)], [(0, 2.0), (1, 2.0)], [(0, float("nan")), (1, 3.0)]])
 def test_charts_of_next_to_nothing(points):
     svg = _svg(charts.line_chart([charts.Series("a", points)], x_label="x"))
