@@ -34,7 +34,10 @@ bench: $(STAMP)  ## side-by-side measurements: the ops against the dense form, a
 	OMP_NUM_THREADS=2 $(PY) benchmarks/step.py --parts
 
 evidence: $(STAMP) ## DC-DiT and its ablations against DiT at equal training FLOPs; hours on a CPU, resumable
-	OMP_NUM_THREADS=1 $(PY) benchmarks/evidence.py --svg runs/evidence/evidence.svg --json runs/evidence/evidence.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/evidence.py --json runs/evidence/evidence.json \
+		--markdown docs/results.md --svg docs/images/evidence.svg
+	$(PY) benchmarks/router_texture.py runs/evidence/dcdit-0 --every 1 \
+		--markdown docs/results.md --name router-scenes --svg docs/images/router-learned.svg
 
 clean:           ## remove what was built (not runs/)
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis

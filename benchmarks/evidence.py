@@ -43,6 +43,7 @@ RUNS = {
     "cosine": ("cosine router", {"model.router": "cosine"}, False),
     "dit4": ("DiT/4", {"model.preset": "{dit}/4"}, False),  # last: its many small steps take longest
 }
+PLOTTED = ("dcdit", "dit2", "n16", "random", "cosine", "dit4")  # no more than there are colours
 
 
 def keys_of(name, args):
@@ -167,17 +168,26 @@ def table(rows):
     return cells
 
 
-def plot(rows):
-    """Frechet distance over FLOPs of a picture, a line per model, as an SVG picture of its own."""
-    lines = {}
-    for row in rows:
-        lines.setdefault(row["what"], []).append((row["gflops_per_image"], row["frechet"]))
-    series = [
-        Series(name, sorted(points), tone=k % 4, style="dots")
-        for k, (name, points) in enumerate(lines.items())
-    ]
-    chart = line_chart(series, x_label="GFLOPs per picture", y_label="Frechet distance (offline features)")
-    return standalone("Quality over compute at equal training FLOPs", chart)
+def learning(name, args, manifest):
+    """[(TFLOPs of training so far, held-out error)] of a run's first seed, from its metrics."""
+    file = Path(args.to) / f"{name}-{args.seeds[0]}" / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    rows = [row for row in rows if row.get("eval") and row["images"]]
+    return [(cost(name, row["images"], args, manifest) / 1e12, row["heldout_mse"]) for row in rows]
+
+
+def plot(rows, args, manifest):
+    """Held-out error over FLOPs of training, and Frechet distance over FLOPs of a picture, as an SVG picture."""
+    error, distance = [], []
+    for k, name in enumerate(name for name in PLOTTED if name in args.only):
+        points = [(row["gflops_per_image"], row["frechet"]) for row in rows if row["run"] == name]
+        error.append(Series(RUNS[name][0], learning(name, args, manifest), tone=k))
+        distance.append(Series(RUNS[name][0], sorted(points), tone=k, style="dots"))
+    return standalone(
+        "Quality at equal training FLOPs: held-out error while training; Frechet distance of what is drawn",
+        line_chart(error, x_label="TFLOPs of training", y_log=True),
+        line_chart(distance, x_label="GFLOPs per picture, at every rho"),
+    )
 
 
 def prepare(args):
@@ -234,8 +244,9 @@ def main():
         train(name, seed, args, manifest, folder)
         measure(name, args, folder)
     rows, facts = collect(args, manifest), facts_of_this_run("benchmarks/evidence.py")
+    chart = plot(rows, args, manifest) if args.svg else None
     print("\n" + headline(facts) + "\n" + plain_text(table(rows), left=1))
-    write_outputs(args, "evidence", markdown(table(rows), facts, left=1), facts | {"rows": rows}, plot(rows))
+    write_outputs(args, "evidence", markdown(table(rows), facts, left=1), facts | {"rows": rows}, chart)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a trained router keeps: how many tokens, of which images, and where in them; against chance and local variance.
 
-    python benchmarks/router_texture.py runs/demo [--data DIR] [--every 3] [--markdown FILE] [--svg FILE]
+    python benchmarks/router_texture.py runs/demo [--data DIR] [--every 3] [--markdown FILE] [--name PLACE] [--svg FILE]
 
 Held-out images, fixed noise, averaged weights, one noise level at a time. Detail of a place: standard deviation of the
 clean image's grey values in its 3x3 neighbourhood; texture of an image: its mean. Correlations are Spearman's.
@@ -158,6 +158,7 @@ def main() -> None:
         "--data", metavar="DIR", help="prepared pixels with held-out images (default: the run's)"
     )
     text.add_argument("--every", type=int, default=3, help="use every n-th held-out image (default: 3)")
+    text.add_argument("--name", default="router", help="of the table's place in --markdown (default: router)")
     add_outputs(text, "--markdown", "--svg")
     arguments = text.parse_args()
     source = load_source(arguments.run, "cpu")
@@ -172,7 +173,9 @@ def main() -> None:
     print(f"{headline(facts)}; {len(images)} held-out images")
     print("\n\n".join(plain_text(part, left=1) for part in cells))
     first, second = (markdown(part, facts, left=1) for part in cells)
-    write_outputs(arguments, "router", first + "\n" + second.split("\n\n", 1)[1], svg=plot(seen, texture))
+    write_outputs(
+        arguments, arguments.name, first + "\n" + second.split("\n\n", 1)[1], svg=plot(seen, texture)
+    )
 
 
 def heldout_of(source):

@@ -127,7 +127,13 @@ def test_evidence_is_collected_with_its_spread_over_seeds(plan, tmp_path):
     cells = evidence.table(rows)
     assert len(cells) == 4 and all(len(line) == len(cells[0]) for line in cells)
     assert cells[1][-2] == "0.0300 ± 0.0100" and cells[3][-2] == "0.0500"
-    assert evidence.plot(rows).startswith("<svg")
+    evals = [{"eval": True, "images": n, "heldout_mse": 1 / (n + 1)} for n in (0, 3200, 12800)]
+    lines = [json.dumps(row) for row in [*evals, {"step": 1, "images": 32, "loss": 1.0}]]
+    (tmp_path / "dcdit-0" / "metrics.jsonl").write_text("\n".join(lines))
+    spent = [x for x, _ in evidence.learning("dcdit", args, manifest)]
+    assert spent == pytest.approx([rows[0]["training_tflops"] * share for share in (spent[0] / spent[1], 1)])
+    assert 0.25 < spent[0] / spent[1] < 0.35  # a quarter of the images, before multi-budget
+    assert evidence.plot(rows, args, manifest).count("DC-DiT, N = 4") == 2
 
 
 def test_imbalance_grows_with_ranks_and_less_when_stratified():
