@@ -112,8 +112,10 @@ def call(command):
 def measure(name, args, folder):
     """The elastic curve of a trained run, from `dcdit sweep`."""
     file = folder / "elastic.json"
-    if not file.is_file() or json.loads(file.read_text())["num"] != args.pictures:
-        rhos = "0" if RUNS[name][0].startswith("DiT/") else args.rhos
+    rhos = "0" if RUNS[name][0].startswith("DiT/") else args.rhos
+    there = json.loads(file.read_text()) if file.is_file() else {"num": 0, "rows": []}
+    found = [row["tail_drop"] for row in there["rows"]]  # a sweep that was stopped has fewer
+    if there["num"] != args.pictures or found != [float(rho) for rho in rhos.split(",")]:
         call([
             *launcher(args), "trainer/sweep.py", "--checkpoint", folder, "--number", args.pictures,
             "--steps", args.steps, "--method", "ddim", "--tail-drop", rhos, "--batch", 64, "--heldout", args.heldout,

@@ -16,7 +16,13 @@ EXIT_OK = 0
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75
 
+POLL = 8  # steps of a sampler between two looks at whether some process was signalled
+
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """Some process was signalled; raised on all of them at the same place."""
 
 
 class StopFlag:
@@ -37,6 +43,11 @@ class StopFlag:
     def agreed(self, world: World) -> bool:
         """True on every rank once any rank was signalled, so that all stop at the same step."""
         return world.any(self.received is not None)
+
+    def check(self, world: World) -> None:
+        """Raises Stopped on every rank once any rank was signalled."""
+        if self.agreed(world):
+            raise Stopped
 
     def restore(self) -> None:
         for number, handler in self._before.items():

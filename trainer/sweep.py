@@ -5,7 +5,9 @@
     dcdit sweep --checkpoint runs/demo --calibrate                # calibration.json beside the weights, nothing else
 
 Quality is the Frechet distance between features of pictures drawn and of held-out ones, and the held-out error at
-each rho. Distances of few pictures are biased upwards; those of one sweep compare with each other.
+each rho. Distances of few pictures are biased upwards; those of one sweep compare with each other. Points that an
+earlier sweep of the same settings finished are kept: stopped by a signal (status 75) or killed, the same command goes
+on.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ import numpy as np
 
 from model.errors import UserError
 from trainer.elastic import BINS, Calibration, Cost, TailDrop, calibration_file, has_router
-from trainer.files import check_folder, writing
+from trainer.files import check_folder, write_text, writing
 from trainer.sampling.arguments import add_model_flags, add_sampler_flags, check, load_guide, settings_from
 from trainer.sampling.source import run_above, weights_hash
+from trainer.signals import EXIT_OK, EXIT_STOPPED, POLL, StopFlag, Stopped
 
 RHOS = "0,0.1,0.2,0.3,0.4,0.5,0.6"
 CALIBRATION_IMAGES = 1024  # forward passes for the calibration, and as many of the null class
@@ -95,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     rhos = TailDrop.parse(args.tail_drop)
     check_device(args.device, rank_and_size()[1])
     world = open_world(timeout_minutes=60, device=args.device.partition(":")[0])
+    stop = StopFlag()
     try:
         device = args.device if ":" in args.device else str(world.device)
         source = load_source(args.checkpoint, device, args.heads, args.sigma)
@@ -103,23 +107,28 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(
                 "--checkpoint: this model has no router, so there is no rho to sweep; --tail-drop 0 gives its one point"
             )
-        sweep = Sweep(args, source, load_guide(args, source, device), world)
+        sweep = Sweep(args, source, load_guide(args, source, device), world, stop)
         if args.calibrate:
             sweep.calibrate()
         else:
             sweep.run(rhos.values)
+    except Stopped:
+        if world.main:
+            print(f"stopped by {stop.received or 'a signal'}: the same command goes on", flush=True)
+        return EXIT_STOPPED
     finally:
+        stop.restore()
         close_world()
-    return 0
+    return EXIT_OK
 
 
 class Sweep:
     """One sweep, by all processes of `world` together."""
 
-    def __init__(self, args: argparse.Namespace, source: Any, guide: Any, world: Any) -> None:
+    def __init__(self, args: argparse.Namespace, source: Any, guide: Any, world: Any, stop: StopFlag) -> None:
         from trainer.sampling.progress import Line
 
-        self.args, self.source, self.guide, self.world = args, source, guide, world
+        self.args, self.source, self.guide, self.world, self.stop = args, source, guide, world, stop
         self.settings = dataclasses.replace(settings_from(args, source), uncond_tail_drop=None)
         self.other = settings_from(args, source).uncond_tail_drop
         self.data, self.where = open_heldout(source, args.data, args.checkpoint)
@@ -132,7 +141,7 @@ class Sweep:
         Raises UserError where it cannot be written, before it is measured.
         """
         self._together(lambda: check_folder(calibration_file(self.source.path).parent, "--checkpoint"))
-        self.calibration = measure(self.source, self._heldout, self.world, self._autocast, self._say)
+        self.calibration = measure(self.source, self._heldout, self.world, self._autocast, self._step)
         self._say("")
         self._together(self._keep)
 
@@ -160,56 +169,58 @@ class Sweep:
         """The curve, written after every point. All that can be wrong is found before anything long begins."""
         self._together(lambda: check_folder(self._folder(), "--to"))
         features = self._features()
-        self._find_calibration()
-        real = self._real(features)
-        weights = weights_hash(self.source) if self.world.main else None
-        rows: list[dict[str, Any]] = []
-        for rho in rhos:
+        about = self._about(features) if self.world.main else {}
+        rows = self.world.broadcast(self._before(about, rhos))
+        left = [rho for rho in dict.fromkeys(rhos) if all(rho != row["tail_drop"] for row in rows)]
+        if rows and self.world.main:
+            kept = ", ".join(f"{row['tail_drop']:g}" for row in rows)
+            print(
+                f"of the same settings, and kept (delete {self._file('json')} to measure again): rho {kept}"
+            )
+        if left:
+            self._find_calibration()
+            real = self._real(features)
+        if self.world.main:
+            print("\n".join(table(rows)), flush=True)
+        for rho in left:
             row, seen = self._draw(rho, features)
             if features is not None:
                 from trainer.evaluation.frechet import frechet_distance
 
                 row["frechet"] = round(frechet_distance(real.mean, real.cov, seen.mean, seen.cov), 6)
             row["heldout_mse"] = self._error(rho)
-            rows.append(row)
+            rows = sorted([*rows, row], key=lambda row: rhos.index(row["tail_drop"]))
             self._say("")
-            self._together(lambda: self._write(rows, features and features.name, weights))
+            self._together(lambda rows=rows: self._write(about, rows))
             if self.world.main:
-                if rho == rhos[0]:
-                    print("\n".join(table(rows)[:2]))
-                print(table(rows)[-1], flush=True)
+                print(table([row])[-1], flush=True)
         if self.world.main:
-            print(f"elastic curve: {self._folder() / RESULT}.json, .md, .svg")
+            print(f"elastic curve: {self._file('json')}, .md, .svg")
 
     def _draw(self, rho: float, features: Any) -> tuple[dict[str, Any], Any]:
         """Pictures at `rho`: a row of the curve without its quality, and the moments of their features."""
-        from trainer.drawing import draw_batch, stream_keys
-        from trainer.evaluation.frechet import Moments
-        from trainer.sampling.decode import to_pictures
+        from trainer.evaluation.collect import Collector
+        from trainer.evaluation.draw import draw
 
-        args, world = self.args, self.world
-        keys = stream_keys([i % self.source.num_classes for i in range(args.num)])
+        args = self.args
         settings = dataclasses.replace(self.settings, tail_drop=rho, uncond_tail_drop=self.other)
-        seen = Moments(features.dim) if features is not None else None
-        kept, gflops, seconds = [], [], 0.0
-        for first in range(world.rank * args.batch, args.num, world.size * args.batch):
-            self._say(f"rho {rho:g}: pictures {first + 1} of {args.num}")
-            places = range(first, min(first + args.batch, args.num))
-            drawn = draw_batch(self.source, [keys[p] for p in places], places, settings, guide=self.guide)
-            kept += [1.0] * len(places) if drawn.kept is None else drawn.kept.tolist()
-            gflops += drawn.gflops.tolist()
-            seconds += drawn.seconds
-            if seen is not None:
-                shots, _ = to_pictures(self.source, drawn.images, self.vae, args.vae_batch)
-                seen.add(features.batch(np.stack(shots).transpose(0, 3, 1, 2)))
-        every = world.gather((kept, gflops, seconds))
-        kept, gflops = (np.concatenate([part[k] for part in every]) for k in (0, 1))
-        row = {
-            "tail_drop": rho, "retained_share": round(float(kept.mean()), 6),
-            "gflops_per_image": round(float(gflops.mean()), 6), "gflops_foreseen": self._foresee(settings),
-            "images_per_s": round(args.num / max(part[2] for part in every), 4), "frechet": None, "heldout_mse": None,
-        }  # fmt: skip
-        return row, None if seen is None else seen.reduce(world.control)
+        labels = [i % self.source.num_classes for i in range(args.num)]
+        found = None if features is None else Collector(features, args.num)
+
+        def on_step(begun: int, step: int) -> None:
+            self._say(
+                f"rho {rho:g}: from picture {begun + 1} of {args.num}, step {step + 1}/{settings.steps}"
+            )
+            if step % POLL == POLL - 1:
+                self.stop.check(self.world)
+
+        cost = draw(
+            self.source, labels, settings, found, self.world, vae=self.vae, vae_batch=args.vae_batch, guide=self.guide,
+            on_step=on_step,
+        ).record()  # fmt: skip
+        row = {"tail_drop": rho} | cost | {"gflops_foreseen": self._foresee(settings), "frechet": None}
+        row["retained_share"] = 1.0 if cost["retained_share"] is None else cost["retained_share"]
+        return row, None if found is None else found.moments
 
     def _foresee(self, settings: Any) -> float | None:
         """What `--budget` would have expected of these settings; None where it cannot tell."""
@@ -265,10 +276,12 @@ class Sweep:
         from trainer.data import heldout_batches
 
         count = min(self.args.heldout, len(self.data))
-        return heldout_batches(
+        for batch in heldout_batches(
             self.data, seed=self.source.run.get("seed", 0), count=count, batch_size=min(self.args.batch, count),
             rank=self.world.rank, world_size=self.world.size,
-        )  # fmt: skip
+        ):  # fmt: skip
+            self.stop.check(self.world)
+            yield batch
 
     def _autocast(self) -> Any:
         from trainer.drawing import autocast
@@ -281,25 +294,40 @@ class Sweep:
         path = self.source.path
         return run_above(path) or (path if path.is_dir() else path.parent)
 
-    def _write(self, rows: list[dict[str, Any]], features: str | None, weights: str) -> None:
-        """elastic.json (its schema is what `report` reads), elastic.md and elastic.svg."""
-        args, folder = self.args, self._folder()
+    def _file(self, ending: str) -> Path:
+        return self._folder() / f"{RESULT}.{ending}"
+
+    def _about(self, features: Any) -> dict[str, Any]:
+        """All of elastic.json but its rows: what these are a function of."""
+        args, name = self.args, features and features.name
         settings = dataclasses.replace(self.settings, uncond_tail_drop=self.other).record(self.source)
         del settings["tail_drop"]  # a row each
-        values = {
-            "checkpoint": str(self.source.path), "weights": weights, "images_seen": self.source.run.get("images"),
-            **settings, "autoguidance": str(self.guide.path) if self.guide else None, "vae": args.vae,
+        return {
+            "checkpoint": str(self.source.path), "weights": weights_hash(self.source),
+            "images_seen": self.source.run.get("images"), **settings,
+            "autoguidance": str(self.guide.path) if self.guide else None, "vae": args.vae,
             "data": self.where, "num": args.num, "heldout": min(args.heldout, len(self.data)),
-            "device": self.source.device.type, "features": features,
-            "metric": "frechet" if features else "heldout_mse", "rows": rows,
+            "device": self.source.device.type, "features": name, "features_path": args.features_path,
+            "metric": "frechet" if name else "heldout_mse",
         }  # fmt: skip
-        with writing(folder, "--to"):
-            for ending, text in (
-                ("json", json.dumps(values, indent=1)), ("md", "\n".join(table(rows))), ("svg", plot(values))
-            ):  # fmt: skip
-                beside = folder / f".{RESULT}.{ending}.part"
-                beside.write_text(text + "\n")
-                beside.replace(folder / f"{RESULT}.{ending}")
+
+    def _before(self, about: dict[str, Any], rhos: tuple[float, ...]) -> list[dict[str, Any]]:
+        """The rows of an earlier sweep of the same settings, as far as they are wanted again; rank 0's count."""
+        try:
+            values = json.loads(self._file("json").read_text())
+            rows = [row for row in values.pop("rows") if row["tail_drop"] in rhos]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+        same = values == json.loads(json.dumps(about))  # as it is read again: tuples become lists
+        return sorted(rows, key=lambda row: rhos.index(row["tail_drop"])) if same else []
+
+    def _write(self, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """elastic.json (its schema is what `report` reads), elastic.md and elastic.svg."""
+        values = about | {"rows": rows}
+        for ending, text in (
+            ("md", "\n".join(table(rows))), ("svg", plot(values)), ("json", json.dumps(values, indent=1))
+        ):  # fmt: skip
+            write_text(self._file(ending), text + "\n", "--to")
 
     def _together(self, work: Callable[[], None]) -> None:
         """`work` by rank 0; what it fails with ends all processes with one line."""
@@ -308,6 +336,11 @@ class Sweep:
     def _say(self, text: str) -> None:
         if self.world.main:
             self.line.show(text)
+
+    def _step(self, text: str) -> None:
+        """Say it, and stop here where some process was signalled; every process calls it."""
+        self._say(text)
+        self.stop.check(self.world)
 
 
 def open_heldout(source: Any, asked: str | None, checkpoint: str) -> tuple[Any, str | list[str]]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import xml.etree.ElementTree as ElementTree
 from contextlib import nullcontext
 from functools import partial
@@ -341,6 +343,41 @@ def test_sweep_without_features_has_the_heldout_error_alone(trained, tmp_path):
     curve = json.loads((tmp_path / "elastic.json").read_text())
     assert curve["metric"] == "heldout_mse" and curve["rows"][0]["frechet"] is None
     assert curve["rows"][0]["heldout_mse"] > 0
+
+
+def test_a_sweep_that_is_stopped_goes_on_with_what_is_missing(trained, tmp_path, monkeypatch, capsys):
+    from trainer.evaluation import draw
+
+    monkeypatch.setattr("trainer.sweep.CALIBRATION_IMAGES", 64)
+    real, drawn = draw.draw_batch, []
+
+    def counted(source, keys, places, settings, *more):
+        drawn.append(settings.tail_drop)
+        if settings.tail_drop == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(source, keys, places, settings, *more)
+
+    monkeypatch.setattr(draw, "draw_batch", counted)
+    words = ["sweep", "--checkpoint", str(trained), "--num", "4", "--steps", "8", "--to", str(tmp_path), *FEW]
+
+    def rows(*more, status=0):
+        drawn.clear()
+        assert cli.main([*words, *more]) == status
+        return json.loads((tmp_path / "elastic.json").read_text())["rows"]
+
+    stop_at = 0.6
+    (first, second) = rows("--tail-drop", "0,0.3,0.6,0.9", status=75)
+    assert drawn == [0, 0.3, 0.6] and "stopped by SIGTERM" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    stop_at = None
+    every = rows("--tail-drop", "0,0.3,0.6,0.9")
+    assert drawn == [0.6, 0.9] and every[:2] == [first, second]
+    assert [row["tail_drop"] for row in every] == [0, 0.3, 0.6, 0.9]
+    last, new, second = rows("--tail-drop", "0.9,0.2,0.3")
+    assert (last, new["tail_drop"], second) == (every[3], 0.2, every[1])
+    assert drawn == [0.2] and "rho 0.9, 0.3" in capsys.readouterr().out
+    rows("--tail-drop", "0.3", "--seed", "1")
+    assert drawn == [0.3], "other settings are measured anew"
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,6 @@ from trainer.evaluation.scores import InceptionScore
 from trainer.parallel.world import World
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop; raised on every process at the same place."""
-
-
 def rounds(count: int, batch: int, world: World) -> Iterator[tuple[np.ndarray, int]]:
     """This process's batches of the numbers 0 .. count - 1: (numbers, how many of them count).
 

@@ -71,7 +71,7 @@ def draw(
     source: Source,
     labels: Sequence[int],
     settings: Settings,
-    found: Collector,
+    found: Collector | None,
     world: World,
     *,
     vae: Any = None,
@@ -86,6 +86,7 @@ def draw(
     same number of calls of the model, which may therefore be sharded.
 
     Args:
+        found: None draws for the cost alone: no pictures are made of what is drawn.
         settings: `settings.batch` pictures at once per process.
         vae: decodes what a model of latents draws, `vae_batch` at once.
         on_step: called as on_step(pictures this process has begun, step) after each step, on every process equally
@@ -99,10 +100,13 @@ def draw(
                 on_step(first, i)
 
         drawn = draw_batch(source, [keys[k] for k in numbers], numbers.tolist(), settings, report, guide)
+        cost.take(drawn, real)
+        if found is None:
+            continue
         shots = to_pictures(source, drawn.images[:real], vae, vae_batch)[0] if real else []
         found.add(np.stack(shots).transpose(0, 3, 1, 2) if real else None, numbers[:real])
         world.agree(lambda shots=shots, mine=numbers[:real]: sink.take(shots, mine))
-        cost.take(drawn, real)
-    found.reduce(world)
+    if found is not None:
+        found.reduce(world)
     cost.reduce(world)
     return cost

@@ -24,11 +24,12 @@ from trainer.data import Manifest, open_data
 from trainer.drawing import Settings, Source
 from trainer.elastic import call_times
 from trainer.evaluation import features
-from trainer.evaluation.collect import Collector, Stopped
+from trainer.evaluation.collect import Collector
 from trainer.evaluation.draw import Sink, draw
 from trainer.evaluation.images import Decode, Pictures, Shards, decoder, open_pictures
 from trainer.evaluation.reference import Reference, find_reference, load_reference
 from trainer.parallel import World
+from trainer.signals import Stopped
 from trainer.vae import load_vae
 
 SHEET = 36  # pictures on the sheet, at most
@@ -64,8 +65,7 @@ class Drawing:
         world, started = self.world, time.perf_counter()
 
         def poll(*where: int) -> None:
-            if trainer.stop.agreed(world):
-                raise Stopped
+            trainer.stop.check(world)
 
         cuda = [world.device] if world.device.type == "cuda" else []
         try:

@@ -27,14 +27,8 @@ from trainer.sampling.decode import to_pictures
 from trainer.sampling.progress import Line, clock
 from trainer.sampling.source import Source, check_device, load_source, weights_hash
 from trainer.sampling.store import Store
-from trainer.signals import EXIT_OK, EXIT_STOPPED, StopFlag
+from trainer.signals import EXIT_OK, EXIT_STOPPED, POLL, StopFlag, Stopped
 from trainer.vae import load_vae_for
-
-POLL = 8  # steps between two looks at whether some process was signalled
-
-
-class _Stopped(Exception):
-    """Some process was signalled; raised in all of them at the same step."""
 
 
 def draw_many(args: argparse.Namespace) -> int:
@@ -95,9 +89,8 @@ class Bulk:
             now = sum(len(batch) for batch in batches[first : first + world.size])
             try:
                 self._batch(mine, drawn_before, now)
-            except _Stopped:
-                return False
-            if self.stop.agreed(world):
+                self.stop.check(world)
+            except Stopped:
                 return False
         self.line.show("")
         return True
@@ -106,8 +99,8 @@ class Bulk:
         def on_step(i: int, *rest) -> None:
             if self.world.main:
                 self._say(drawn_before + now * i / self.settings.steps, i)
-            if i % POLL == POLL - 1 and self.stop.agreed(self.world):
-                raise _Stopped
+            if i % POLL == POLL - 1:
+                self.stop.check(self.world)
 
         if places is None:  # fewer batches than processes are left: poll along
             for i in range(self.settings.steps):
