@@ -24,6 +24,7 @@ from trainer.signals import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED
 
 STATUS_FILE = "DCDIT_STATUS_FILE"
 _PR_SET_PDEATHSIG = 1
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _FIRST_PORT, _PORTS = 20000, 20000  # below the usual ephemeral range; the job's number picks one
 
 
@@ -42,9 +43,11 @@ def ranks(env: Mapping[str, str]) -> dict[str, str]:
     if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2 or "SLURM_PROCID" not in env:
         return {}
     job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
+    # `srun --gpus-per-task=1` shows each task its own GPU and no other: for every one of them it is the first.
+    bound = any(re.fullmatch(r"[^,\s]+", env.get(name, "")) for name in _VISIBLE)
     found = {
         "RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": env.get("SLURM_LOCALID", "0"), "MASTER_ADDR": _head(env),
+        "LOCAL_RANK": "0" if bound else env.get("SLURM_LOCALID", "0"), "MASTER_ADDR": _head(env),
         "MASTER_PORT": str(_FIRST_PORT + (job * 7 + step) % _PORTS),
     }  # fmt: skip
     return found | {k: env[k] for k in ("MASTER_ADDR", "MASTER_PORT") if k in env}
@@ -70,11 +73,12 @@ def _die_with_torchrun() -> None:
     kernel kills it instead. (Inside a cgroup of Slurm's this is taken care of; on a plain machine it is not.)"""
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
+    agent = os.getppid()  # 1 where torchrun is all that a container runs
     try:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     except (OSError, AttributeError):
         return
-    if os.getppid() == 1 and os.getpid() != 1:  # it died before we asked
+    if os.getppid() != agent:  # it died before we asked
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,10 +1,12 @@
 """trainer/slurm.py: ranks from srun, and asking Slurm to run the job again."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from tests.launch.test_scripts import stub
+from tests.launch.test_scripts import ROOT, stub
 from trainer import slurm
 from trainer.signals import EXIT_STOPPED
 
@@ -20,6 +22,20 @@ def test_ranks_of_one_task_per_gpu():
     assert found["MASTER_ADDR"] == "localhost" and 20000 <= int(found["MASTER_PORT"]) < 40000
     assert slurm.ranks(STEP | {"SLURM_PROCID": "3"})["MASTER_PORT"] == found["MASTER_PORT"]
     assert slurm.ranks(STEP | {"SLURM_STEP_ID": "1"})["MASTER_PORT"] != found["MASTER_PORT"]
+
+
+def test_a_task_that_sees_one_gpu_takes_it():
+    for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        assert slurm.ranks(STEP | {name: "0"})["LOCAL_RANK"] == "0", "srun --gpus-per-task=1"
+        assert slurm.ranks(STEP | {name: "0,1,2,3"})["LOCAL_RANK"] == "1"
+        assert slurm.ranks(STEP | {name: ""})["LOCAL_RANK"] == "1"
+
+
+def test_a_worker_of_a_torchrun_that_is_a_container_s_first_process_lives():
+    body = "import os; os.getppid = lambda: 1; from trainer import slurm; slurm.begin(); print('lives')"
+    env = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
+    done = subprocess.run([sys.executable, "-c", body], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "lives\n", done
 
 
 def test_torchruns_ranks_and_the_users_address_win():
