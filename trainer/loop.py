@@ -33,6 +33,7 @@ from trainer.evaluation.training import Drawing
 from trainer.heldout import Heldout
 from trainer.metrics import Metrics, read_rows
 from trainer.parallel import World, engine
+from trainer.parallel.world import lost_others
 from trainer.saver import Saver
 from trainer.signals import StopFlag
 from trainer.stats import StepStats
@@ -72,6 +73,8 @@ class Trainer:
         self.engine = engine(config.parallel.engine)(model, copies, world, config, self.micro)
         self.model, self.ema = self.engine.model, self.engine.averages["ema"]
         self.saver = Saver(self.folder / "checkpoints", config, world, self.sizes, self._say)
+        # The engine's mesh and the saver have made groups of their own, with torch's default.
+        world.set_timeout(config.parallel.start_timeout_minutes)
         state = self._restore()
         self.position = self.saved = state["images"]
         self.bad = health.BadSteps(world.device, state.get("bad_steps"))
@@ -128,7 +131,7 @@ class Trainer:
             self._first_step = False
         if last or self._due(config.log.every * config.train.global_batch_size):
             self._log()
-        if not self._asked_to_stop() and (last or self._due(config.eval.every)):
+        if (last or self._due(config.eval.every)) and not self._asked_to_stop():
             self.evaluate()
         stopping = self._asked_to_stop()
         if last or stopping or self._due(config.checkpoint.every):
@@ -329,12 +332,12 @@ class Trainer:
             return {"images": 0}
         try:
             self.engine.load(self.resume, self.world.control)
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):
             raise
-        except (
-            Exception,
-            CheckpointException,
-        ) as error:  # right sizes, wrong bytes: readers fail in many ways
+        except (Exception, CheckpointException) as error:
+            if lost_others(error):  # not the files' fault: as any crash, it may be tried again
+                raise
+            # Right sizes, wrong bytes: readers fail in many ways.
             raise UserError(checkpoint.unreadable(self.resume, error)) from error
         return checkpoint.read_state(self.resume)
 

@@ -71,8 +71,11 @@ class Saver:
         if self.world.device.type == "cuda":
             # The stager copies on a stream of its own, which does not wait for what this one has yet to compute.
             torch.cuda.synchronize(self.world.device)
+        # What it writes is in host memory by then: copying ahead would only wait for the device, and in the writer's
+        # thread that is the first GPU of the node, whichever is ours.
+        writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)
         response = dcp.async_save(
-            contents, checkpoint_id=str(temporary), process_group=self.group,
+            contents, storage_writer=writer, process_group=self.group,
             **({"async_stager": self._stager} if self._stager else {}),
         )  # fmt: skip
         self._staging = getattr(response, "staging_completion", None)

@@ -77,7 +77,7 @@ def main(
 
 
 def check(config: Config, device: str = "auto") -> None:
-    """All that can be wrong is looked at before processes meet or a device is touched.
+    """All that can be wrong is looked at before processes meet.
 
     Raises:
         UserError: the first thing found.
@@ -121,13 +121,12 @@ def _check_backends(config: Config, sizes: Any, device: str) -> None:
     import torch
 
     from model import attention, ops
+    from trainer.parallel.world import pick_device
 
-    kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: cuda, but torch sees no GPU (see `dcdit doctor`)")
+    own = pick_device(device)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    attention.choose(config.attention.backend, kind, dtype, sizes.hidden_size // sizes.num_heads)
-    ops.resolve(config.ops.backend, kind)
+    attention.choose(config.attention.backend, own, dtype, sizes.hidden_size // sizes.num_heads)
+    ops.resolve(config.ops.backend, own)
 
 
 def run(config: Config, device: str = "auto") -> int:

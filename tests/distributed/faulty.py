@@ -12,8 +12,8 @@ import os
 import weakref
 from pathlib import Path
 
-import torch.distributed.checkpoint._storage_utils
-from torch.distributed.checkpoint import FileSystemWriter, filesystem
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint import FileSystemWriter
 
 import trainer.loop
 
@@ -27,8 +27,7 @@ def install(fault: str) -> None:
     FIRST, LAST = (int(number) for number in span.split("-")) if span else (0, 0)
     trainer.loop.Trainer = Faulty
     if KIND == "disk":
-        torch.distributed.checkpoint._storage_utils.FileSystemWriter = FullDisk
-        filesystem.FileSystemWriter = FullDisk
+        torch.distributed.checkpoint.FileSystemWriter = FullDisk
     if KIND == "store" and os.environ["RANK"] != "0":
         from trainer.sampling.store import Store
 

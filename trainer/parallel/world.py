@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import gc
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
+from trainer.signals import EXIT_BAD_INPUT
 
 
 @dataclass
@@ -111,6 +114,12 @@ def rank_and_size() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
+def lost_others(error: BaseException) -> bool:
+    """Whether a collective failed because another process or the network did. Gloo says so in a plain RuntimeError
+    that names its source."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
 @contextmanager
 def main_speaks_first() -> Iterator[None]:
     """A UserError from inside is mostly the same on every rank: rank 0 says it, and that ends the others."""
@@ -122,6 +131,24 @@ def main_speaks_first() -> Iterator[None]:
         raise
 
 
+def pick_device(device: str = "auto") -> torch.device:
+    """This process's device, made the current one. To be called before anything runs on a GPU: all the processes of a
+    node would else begin on the first, and each leave a context of half a gigabyte there.
+
+    Raises:
+        UserError: ``cuda`` without a GPU; more processes on this node than GPUs.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    number, count = rank_and_size()[2], torch.cuda.device_count()
+    if count == 0:
+        raise UserError("--device: cuda, but torch sees no GPU (see `dcdit doctor`)")
+    if number >= count:
+        raise UserError(f"--nproc_per_node: local rank {number} has no GPU, this node has {count}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
 def open_world(timeout_minutes: float = 30.0, device: str = "auto") -> World:
     """Join the process group (gloo on CPU, NCCL or RCCL beside gloo on GPUs) and pick this process's device.
 
@@ -130,29 +157,39 @@ def open_world(timeout_minutes: float = 30.0, device: str = "auto") -> World:
         device: ``auto`` takes a GPU where torch sees one; ``cpu`` or ``cuda`` insist.
 
     Raises:
-        UserError: more processes on this node than GPUs.
+        UserError: as ``pick_device``.
     """
     rank, size, local_rank = rank_and_size()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"--nproc_per_node: local rank {local_rank} has no GPU, this node has {torch.cuda.device_count()}"
-            )
-        torch.cuda.set_device(local_rank)
+    own = pick_device(device)
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
     if size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     else:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
-    full = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
-    return World(rank, size, local_rank, full, dist.new_group(backend="gloo", timeout=timeout))
+    return World(rank, size, local_rank, own, dist.new_group(backend="gloo", timeout=timeout))
 
 
 def close_world() -> None:
-    """Leave the process group. Objects that hold sockets are collected first: gloo aborts at exit otherwise."""
+    """Leave the process group; to be called in a ``finally``. Objects that hold sockets are collected first: gloo
+    aborts at exit otherwise.
+
+    After an error this process may be alone in leaving, while the others wait for it in a collective. NCCL's way out
+    waits for them in turn, and nobody would hear of the error before the timeout: the process then ends without it,
+    once its threads have written what they had begun.
+    """
     gc.collect()
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    error = sys.exc_info()[1]
+    if error is None or dist.get_world_size() == 1 or "nccl" not in dist.get_backend_config():
         dist.destroy_process_group()
+    else:
+        atexit.register(_end, EXIT_BAD_INPUT if isinstance(error, UserError) else 1)
+
+
+def _end(status: int) -> None:
+    """Ends the process without the destructors of its communicators, which may wait for the other processes too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,103 @@
+"""trainer/parallel/world.py: devices, leaving after an error, and whose fault an error is."""
+
+import atexit
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from model import attention
+from model.errors import UserError
+from tests.distributed.processes import CONTEXT, begin_server
+from trainer import train
+from trainer.config import Config
+from trainer.parallel import close_world, open_world, world
+from trainer.signals import EXIT_BAD_INPUT
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    """A node with four GPUs, as far as questions go; returns the devices that were made the current one."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("RANK", "7")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    return chosen
+
+
+def test_backends_are_tried_on_the_process_s_own_device(four_gpus, monkeypatch):
+    asked = []
+    monkeypatch.setattr(attention, "choose", lambda backend, device, *_: asked.append((device, *four_gpus)))
+    sizes = type("Sizes", (), {"hidden_size": 64, "num_heads": 2})
+    train._check_backends(Config(), sizes, "auto")
+    assert asked == [(torch.device("cuda", 3), 3)]
+
+
+def test_devices(four_gpus, monkeypatch):
+    assert world.pick_device("cpu") == torch.device("cpu") and not four_gpus
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="local rank 4 has no GPU, this node has 4"):
+        world.pick_device()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="torch sees no GPU"):
+        world.pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(UserError("bad"), EXIT_BAD_INPUT), (RuntimeError("worse"), 1), (None, None)]
+)
+def test_after_an_error_nobody_waits_in_nccls_way_out(monkeypatch, error, status):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    at_exit = []
+    open_world(1, "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "get_world_size", lambda: 2)
+        patch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+        patch.setattr(atexit, "register", lambda *call: at_exit.append(call))
+        try:
+            if error is not None:
+                raise error
+        except Exception:
+            close_world()
+        else:
+            close_world()
+    assert [call[1] for call in at_exit] == ([] if error is None else [status])
+    assert dist.is_initialized() == (error is not None)
+    close_world()
+
+
+def test_an_error_on_cpus_leaves_the_group(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    open_world(1, "cpu")
+    try:
+        raise UserError("bad")
+    except UserError:
+        close_world()
+    assert not dist.is_initialized()
+
+
+def meet_and_leave(file: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(file, 2), rank=1, world_size=2)
+    os._exit(0)
+
+
+def test_a_process_that_is_gone_is_not_taken_for_a_damaged_checkpoint(tmp_path):
+    begin_server()
+    other = CONTEXT.Process(target=meet_and_leave, args=(str(tmp_path / "store"),))
+    other.start()
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 2), rank=0, world_size=2)
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            dist.all_gather_object([None, None], "here")
+    finally:
+        dist.destroy_process_group()
+        other.join()
+    assert world.lost_others(caught.value)
+    assert world.lost_others(dist.DistNetworkError("timed out"))
+    assert not world.lost_others(RuntimeError("PytorchStreamReader failed reading zip archive"))
