@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 
 class UserError(ValueError):
@@ -6,4 +6,10 @@ class UserError(ValueError):
 
     The message is one line that names the key or the file and says how to mend it. Entry points print it
     without a traceback and exit with status 2; anything else that escapes is a bug in this project.
+    """
+
+
+class ProcessLost(UserError):
+    """No input is to blame: a process of ours was killed, as a rule by a system that ran out of memory. Training exits
+    with status 1, as after any crash, and launchers try it again.
     """

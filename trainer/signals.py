@@ -21,6 +21,13 @@ POLL = 8  # steps of a sampler between two looks at whether some process was sig
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+def exit_status(error: BaseException) -> int:
+    """What training leaves with after ``error``."""
+    from model.errors import ProcessLost, UserError
+
+    return EXIT_BAD_INPUT if isinstance(error, UserError) and not isinstance(error, ProcessLost) else 1
+
+
 class Stopped(Exception):
     """Some process was signalled; raised on all of them at the same place."""
 

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from model.errors import UserError
 from trainer import slurm
 from trainer.config import Config, flatten, load_config, save_config
-from trainer.signals import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED
+from trainer.signals import EXIT_OK, EXIT_STOPPED, exit_status
 
 
 def parser(prog: str = "dcdit train", description: str | None = __doc__) -> argparse.ArgumentParser:
@@ -73,7 +73,7 @@ def main(
         return slurm.leave(run(config, arguments.device))
     except UserError as error:  # perhaps of this rank alone
         print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
-        return slurm.leave(EXIT_BAD_INPUT)
+        return slurm.leave(exit_status(error))
 
 
 def check(config: Config, device: str = "auto") -> None:

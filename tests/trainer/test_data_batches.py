@@ -16,6 +16,7 @@ from trainer import randomness
 from trainer.data import Manifest, check_batch, heldout_batches, open_source, train_loader
 from trainer.data.batches import _MicroBatches
 from trainer.data.mds import import_streaming
+from trainer.signals import EXIT_BAD_INPUT, exit_status
 
 SHAPE = (3, 4, 4)
 SAMPLES = 50
@@ -287,6 +288,8 @@ def test_a_killed_worker_is_one_clear_line(source):
     with pytest.raises(UserError, match=r"worker \(pid.*data.num_workers") as caught:
         list(loader)
     assert re.fullmatch(r"[^\n]+", str(caught.value))
+    assert exit_status(caught.value) == 1, "no bad input: launchers try again"
+    assert exit_status(UserError("bad")) == EXIT_BAD_INPUT
 
 
 def test_workers_outlive_the_signals_that_end_a_job(source):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from model.errors import UserError
+from model.errors import ProcessLost, UserError
 from trainer import randomness
 from trainer.data.cache import in_words
 from trainer.data.mix import Mix
@@ -302,7 +302,7 @@ class _Loader(DataLoader):
             died = re.search(r"DataLoader worker \(pid[^)]*\)[^.\n]*", str(error))
             if died is None:
                 raise
-            raise UserError(
+            raise ProcessLost(
                 f"{died.group()}: if memory ran out, lower data.num_workers; "
                 "the same command goes on from the last checkpoint"
             ) from error
@@ -343,7 +343,7 @@ def train_loader(
 
     Raises UserError: sizes that do not divide (with the valid choices), an empty data set, more classes than
     null_class, a cache too small for the shards that are shuffled together; while iterating, more than
-    max_errors samples that cannot be read, a shard that cannot be fetched, or a worker that was killed.
+    max_errors samples that cannot be read, a shard that cannot be fetched, or a worker that was killed (ProcessLost).
     """
     micro_batch_size = check_batch(global_batch_size, micro_batch_size, world_size)
     if not 0 <= rank < world_size:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
-from trainer.signals import EXIT_BAD_INPUT
+from trainer.signals import exit_status
 
 
 @dataclass
@@ -40,9 +40,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one of them."""
-        value = torch.tensor([int(flag)])
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(value.item())
+        return self.any_of_each(flag)[0]
 
     def any_of_each(self, *flags: bool) -> tuple[bool, ...]:
         """``any`` of several flags in one exchange."""
@@ -185,7 +183,7 @@ def close_world() -> None:
     if error is None or dist.get_world_size() == 1 or "nccl" not in dist.get_backend_config():
         dist.destroy_process_group()
     else:
-        atexit.register(_end, EXIT_BAD_INPUT if isinstance(error, UserError) else 1)
+        atexit.register(_end, exit_status(error))
 
 
 def _end(status: int) -> None:
