@@ -3,7 +3,9 @@
 import glob
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import warnings
@@ -33,6 +35,18 @@ def version_of(text):
     return tuple(int(part) for part in (text or "").split(".")[:2] if part)
 
 
+def cuda_home(cpp):
+    """Where CUDA's headers are. torch takes the folder above that of the nvcc on the PATH, which may be no more than a
+    script or a link to the real one: then nvcc itself is asked."""
+    home = cpp.CUDA_HOME
+    nvcc = home and os.path.join(home, "bin", "nvcc")
+    if not home or os.path.exists(os.path.join(home, "include", "cuda_runtime_api.h")) or not os.path.exists(nvcc):
+        return home
+    said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return os.path.realpath(top[1].strip()) if top else home
+
+
 def extension(cpp):
     """The one extension: always the CPU kernels, the GPU ones where their compiler and sources are there."""
     os.chdir(os.path.dirname(os.path.abspath(__file__)))
@@ -44,6 +58,7 @@ def extension(cpp):
     flags = {"cxx": ["-O3"] + (["-fopenmp"] if sys.platform == "linux" else [])}
     kind = cpp.CppExtension
     cuda, hip = version_of(cpp.torch.version.cuda), version_of(cpp.torch.version.hip)
+    cpp.CUDA_HOME = cuda_home(cpp)
     if (cpp.CUDA_HOME or cpp.ROCM_HOME) and (cuda or hip):
         kind = cpp.CUDAExtension
         sources += ["csrc/bindings_cuda.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))]

@@ -22,18 +22,24 @@ namespace {
 // Where an op runs: its tensors must share one device, whose current stream takes the kernels.
 class Place {
  public:
-  Place(const char* op, std::initializer_list<std::pair<const char*, const Tensor*>> tensors)
-      : device_(tensors.begin()->second->device()), guard_(device_) {
-    for (const auto& [name, tensor] : tensors)
-      TORCH_CHECK_VALUE(tensor->device() == device_, op, ": ", name, " is on ", tensor->device(), " but ",
-                        tensors.begin()->first, " is on ", device_);
-  }
+  using Named = std::initializer_list<std::pair<const char*, const Tensor*>>;
+
+  Place(const char* op, const Named& tensors) : device_(shared_device(op, tensors)), guard_(device_) {}
   void* stream() const { return c10::cuda::getCurrentCUDAStream(device_.index()).stream(); }
   Tensor workspace(size_t bytes) const {
     return at::empty({int64_t(bytes)}, at::TensorOptions().dtype(at::kByte).device(device_));
   }
 
  private:
+  // Before the guard, which takes no other device than a GPU.
+  static at::Device shared_device(const char* op, const Named& tensors) {
+    const at::Device device = tensors.begin()->second->device();
+    for (const auto& [name, tensor] : tensors)
+      TORCH_CHECK_VALUE(tensor->device() == device, op, ": ", name, " is on ", tensor->device(), " but ",
+                        tensors.begin()->first, " is on ", device);
+    return device;
+  }
+
   at::Device device_;
   c10::cuda::CUDAGuard guard_;
 };

@@ -2,16 +2,24 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = f"model/ops/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+NVCC = """#!/bin/sh
+echo '#$ _SPACE_= ' >&2
+echo '#$ TOP={top}/bin/..' >&2
+"""
 
 USE = """
 import torch
@@ -89,3 +97,19 @@ def test_a_library_for_another_torch_is_not_loaded(copy):
     assert "built for torch 1.0.0" in python(copy, "-c", show)
     (copy / "model/ops/_build.json").unlink()
     assert "does not load" in python(copy, "-c", show)
+
+
+def test_cudas_home_is_behind_an_nvcc_that_is_a_script_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.chdir(ROOT)  # where setup.py goes
+    cuda_home = runpy.run_path(str(ROOT / "setup.py"))["cuda_home"]
+    toolkit, elsewhere = tmp_path / "cuda-13.0", tmp_path / "local"
+    header, nvcc = toolkit / "include/cuda_runtime_api.h", elsewhere / "bin/nvcc"
+    for file in (header, nvcc):
+        file.parent.mkdir(parents=True)
+    header.touch()
+    nvcc.write_text(NVCC.format(top=toolkit))
+    nvcc.chmod(0o755)
+    assert cuda_home(SimpleNamespace(CUDA_HOME=str(elsewhere))) == str(toolkit)
+    assert cuda_home(SimpleNamespace(CUDA_HOME=str(toolkit))) == str(toolkit)
+    assert cuda_home(SimpleNamespace(CUDA_HOME=None)) is None

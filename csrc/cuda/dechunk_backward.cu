@@ -263,6 +263,7 @@ const char* dechunk_backward(const DechunkParams& p, void* workspace, void* stre
   }
   DCDIT_LAUNCH(sum_slices, dim3(ceil_div(p.B * p.H * p.W, kSumThreads)), dim3(kSumThreads), 0, stream, args);
   const size_t weights = size_t(args.plan.radius + 1) * sizeof(float);
+  allow_shared(finish_prob, weights);
   DCDIT_LAUNCH(finish_prob, dim3(p.B), dim3(kSumThreads), weights, stream, args);
   return launched("dechunk_backward");
 }

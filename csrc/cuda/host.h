@@ -7,7 +7,8 @@
 namespace dcdit {
 namespace gpu {
 
-constexpr size_t kFreeShared = 48 << 10;  // what every device grants a block without being asked
+constexpr size_t kFreeShared = 48 << 10;  // what every device grants a block without being asked, static and dynamic
+constexpr size_t kMostStatic = 8 << 10;   // of that, what a kernel here may declare itself
 
 // Most shared memory that one block may have on the current device.
 inline size_t shared_limit() {
@@ -32,7 +33,7 @@ inline size_t shared_limit() {
 template <class Kernel>
 inline void allow_shared(Kernel kernel, size_t bytes) {
 #if !defined(DCDIT_EMULATE) && !defined(DCDIT_HIP)
-  if (bytes > kFreeShared)
+  if (bytes > kFreeShared - kMostStatic)
     cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
 #else
   (void)kernel, (void)bytes;

@@ -99,7 +99,7 @@ def _register_fakes() -> None:
     def _(boundary_prob, retained, capacity):
         B, L = boundary_prob.shape
         maps = [boundary_prob.new_empty(n, dtype=torch.int32) for n in ((B * L,), (capacity,), (B + 1,), ())]
-        return (torch.empty_like(retained), *maps)
+        return (boundary_prob.new_empty((B, L), dtype=torch.bool), *maps)
 
     @torch.library.register_fake("dcdit::gather_tokens")
     def _(x, pos, index, slot):
@@ -121,7 +121,7 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("dcdit::dechunk_backward")
     def _(grad, h, boundary_prob, natural, index, cu_seqlens, smooth, H, W, sigma):
-        return torch.empty_like(h), torch.empty_like(boundary_prob)
+        return h.new_empty(h.shape), boundary_prob.new_empty(boundary_prob.shape)  # dense, whatever they are
 
 
 def _register_gather_autograd() -> None:

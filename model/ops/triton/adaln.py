@@ -1,8 +1,8 @@
 """adaLN of packed tokens in Triton: forward and backward, one pass over memory each.
 
 A program takes one image, one of `parts` runs of its rows and BLOCK channels: the vectors are read once a
-program. Image B stands for the rows that no image owns. The backward leaves one sum a program; those of an
-image are then added in a fixed order: no atomics, the same bits on every run.
+program. The programs behind the images share the rows that no image owns. The backward leaves one sum a
+program; those of an image are then added in a fixed order: no atomics, the same bits on every run.
 """
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from model.ops import _gradients
 
 ROWS, BLOCK = 8, 128  # rows a step, channels a program
+# Sizes that differ from batch to batch: as ordinary numbers, they never ask for another compilation.
+_kernel = triton.jit(do_not_specialize=["images", "T", "parts"])
 
 
 @triton.jit
@@ -20,15 +22,18 @@ def _own(cu_ptr, images, T, parts):
     """The rows begin .. end of this program, and whether an image owns them."""
     image = tl.program_id(0)
     owned = image < images
-    first = tl.load(cu_ptr + image)
+    first = tl.load(cu_ptr + tl.minimum(image, images))
     last = tl.load(cu_ptr + image + 1, mask=owned, other=0)
     last = tl.where(owned, last, T)
-    share = tl.cdiv(last - first, parts)
-    begin = first + tl.program_id(1) * share
+    # A fixed capacity may leave a quarter of all rows to no image: too many for the programs of one.
+    run = tl.where(owned, 0, image - images) * parts + tl.program_id(1)
+    runs = tl.where(owned, 1, tl.num_programs(0) - images) * parts
+    share = tl.cdiv(last - first, runs)
+    begin = first + run * share
     return image, owned, begin, tl.minimum(begin + share, last)
 
 
-@triton.jit
+@_kernel
 def _modulate(
     x, shift, scale, cu, out, images, T, D, s_shift, s_scale, parts, R: tl.constexpr, C: tl.constexpr
 ):
@@ -46,7 +51,7 @@ def _modulate(
         tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@_kernel
 def _modulate_backward(
     grad, x, scale, cu, dx, shifts, scales, images, T, D, s_scale, parts, R: tl.constexpr, C: tl.constexpr
 ):
@@ -69,7 +74,7 @@ def _modulate_backward(
     tl.store(scales + place, tl.sum(sum_scale, 0), mask=owned & (d < D))
 
 
-@triton.jit
+@_kernel
 def _add_gated(x, gate, y, cu, out, images, T, D, s_gate, parts, R: tl.constexpr, C: tl.constexpr):
     image, owned, begin, end = _own(cu, images, T, parts)
     d = tl.program_id(2) * C + tl.arange(0, C)
@@ -83,7 +88,7 @@ def _add_gated(x, gate, y, cu, out, images, T, D, s_gate, parts, R: tl.constexpr
         tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@_kernel
 def _add_gated_backward(
     grad, gate, y, cu, dy, sums, images, T, D, s_gate, parts, R: tl.constexpr, C: tl.constexpr
 ):
@@ -112,7 +117,7 @@ class _Launch:
         wanted = triton.cdiv(2048, max(1, self.images * blocks))
         rows_of_one = triton.cdiv(self.T, max(1, self.images) * ROWS)
         self.parts = max(1, min(wanted, rows_of_one))
-        self.grid = (self.images + 1, self.parts, blocks)
+        self.grid = (self.images + triton.cdiv(self.images + 1, 2), self.parts, blocks)
         self.sizes = (self.images, self.T, self.D)
 
     def __call__(self, kernel, *tensors_and_strides) -> None:
@@ -120,7 +125,8 @@ class _Launch:
         tensors = [a for a in tensors_and_strides if isinstance(a, Tensor)]
         strides = [a for a in tensors_and_strides if not isinstance(a, Tensor)]
         if self.T and self.D:
-            kernel[self.grid](*tensors, *self.sizes, *strides, self.parts, R=ROWS, C=BLOCK)
+            with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
+                kernel[self.grid](*tensors, *self.sizes, *strides, self.parts, R=ROWS, C=BLOCK)
 
 
 def _vectors(v: Tensor) -> Tensor:
