@@ -263,10 +263,12 @@ class Cost:
             return 0.0
         least = self.gflops(MOST)
         if least > wanted:
+            share = math.ceil(100 * least / self.gflops(0.0))
+            guided = ", or a smaller --guidance-interval" if self.settings.guidance != 1 else ""
+            mend = f"give at least {share}%" if budget.relative else f"take fewer --steps{guided}"
             raise UserError(
                 f"--budget: {amount(wanted)} per picture is too little; with these settings a picture costs at least "
-                f"{amount(least)} (rho {MOST}), {amount(self.gflops(0.0))} at rho 0: take fewer --steps, or a smaller "
-                "--guidance-interval"
+                f"{amount(least)} (rho {MOST}), {amount(self.gflops(0.0))} at rho 0: {mend}"
             )
         low, high = 0.0, MOST
         for _ in range(40):

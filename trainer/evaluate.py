@@ -202,8 +202,9 @@ class Evaluation:
         elif self.vae is None:
             reference.check_size(self.features, self.source.shape[1:])
         found, drawn = self._draw() if self.source is not None else self._read()
-        self._say("")
+        self._say("comparing" + (", precision and recall" if args.precision_recall else ""))
         metrics = self.world.agree(lambda: reference.compare(found, self.device) if self.world.main else {})
+        self._say("")
         return {
             "metrics": metrics, "features": self.features.about, "reference": reference.about,
             "count": found.moments.count, **drawn, "precision_recall": args.precision_recall,
@@ -216,7 +217,7 @@ class Evaluation:
         file = self.target()
         check_file(file, "--to")
         if self.args.keep:
-            check_folder(Path(self.args.keep), "--keep")
+            check_keep(Path(self.args.keep), self.args.num)
         return file
 
     def target(self) -> Path:
@@ -292,8 +293,10 @@ class Evaluation:
         args, source, world, started = self.args, self.source, self.world, time.monotonic()
         found = Collector(self.features, args.num, args.precision_recall)
 
+        together = min(args.batch * world.size, args.num)
+
         def on_step(begun: int, step: int) -> None:
-            share = (begun + args.batch * world.size * (step + 1) / self.settings.steps) / args.num
+            share = (begun + together * (step + 1) / self.settings.steps) / args.num
             left = (time.monotonic() - started) * (1 / max(share, 1e-6) - 1)
             self._say(f"drawing {min(share, 1):.0%} of {args.num}  left {max(left, 0):.0f} s")
 
@@ -313,6 +316,16 @@ class Evaluation:
     def _say(self, text: str) -> None:
         if self.world.main:
             self.line.show(text)
+
+
+def check_keep(folder: Path, count: int) -> None:
+    """Raises UserError: it cannot be written, or holds pictures that would stay among the `count` new ones."""
+    check_folder(folder, "--keep")
+    for file in folder.glob("*.png"):
+        if not (file.stem.isdecimal() and int(file.stem) < count):
+            raise UserError(
+                f"--keep: {folder} holds other pictures, such as {file.name}; give another folder"
+            )
 
 
 def keeper(folder: str) -> Any:

@@ -5,6 +5,7 @@ dcdit prepare photos --to data/photos
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -156,6 +157,10 @@ def _images(args: argparse.Namespace) -> None:
     from trainer.data.encode import DEFAULT_VAE
     from trainer.data.images import SKIPPED, Options, prepare_images
 
+    for name in ("scale", "heldout", "shard_mb"):
+        value = getattr(args, name)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: a finite number")
     options = Options(
         args.source.expanduser(),
         args.to.expanduser(),

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # as a script, sys.path[0] is trainer/: put the root
 import argparse
 import dataclasses
 
+from model.errors import UserError
 from trainer.files import check_file, write_text
 from trainer.reporting import compare, page
 from trainer.reporting.gather import QUICK, Effort, gather
@@ -22,6 +23,10 @@ from trainer.reporting.run import run_folder
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
+    if not 1 <= args.steps <= 1000:
+        raise UserError(f"--steps: must be from 1 to 1000, not {args.steps}")
+    if not 0 <= args.seed < 1 << 64:
+        raise UserError(f"--seed: must be from 0 to 2**64 - 1, got {args.seed}")
     runs = [run_folder(path) for path in args.run]
     effort = (
         dataclasses.replace(QUICK, steps=min(args.steps, QUICK.steps)) if args.quick else Effort(args.steps)

@@ -74,7 +74,7 @@ def _sheet(args: argparse.Namespace) -> int:
         print(f"left the backbone out of {drawn.reused.mean():.1%} of the calls")
     if kind == LATENT_NOTE:
         print(f"{LATENT_NOTE}: give --vae FOLDER (a diffusers AutoencoderKL) to decode them")
-    print(f"{len(labels)} pictures in {drawn.seconds:.0f} s: {target}")
+    print(f"{len(labels)} picture{'s' * (len(labels) > 1)} in {drawn.seconds:.0f} s: {target}")
     return 0
 
 

@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             sweep.run(rhos.values)
     except Stopped:
+        sweep._say("")
         if world.main:
             print(f"stopped by {stop.received or 'a signal'}: the same command goes on", flush=True)
         return EXIT_STOPPED
@@ -183,12 +184,15 @@ class Sweep:
         if self.world.main:
             print("\n".join(table(rows)), flush=True)
         for rho in left:
+            error = self._error(
+                rho
+            )  # first: what starts slowly has started when pictures per second are counted
             row, seen = self._draw(rho, features)
             if features is not None:
                 from trainer.evaluation.frechet import frechet_distance
 
                 row["frechet"] = round(frechet_distance(real.mean, real.cov, seen.mean, seen.cov), 6)
-            row["heldout_mse"] = self._error(rho)
+            row["heldout_mse"] = error
             rows = sorted([*rows, row], key=lambda row: rhos.index(row["tail_drop"]))
             self._say("")
             self._together(lambda rows=rows: self._write(about, rows))

@@ -270,6 +270,9 @@ def test_a_budget_out_of_reach_says_what_there_is(trained):
     source = load_source(trained, "cpu")
     with pytest.raises(UserError, match="too little.*at least .* GFLOPs"):
         with_budget("0.001GFLOPs", Settings(steps=5), source)
+    with pytest.raises(UserError, match=r"too little.*give at least \d\d?%$") as caught:
+        with_budget("1%", Settings(steps=5), source)
+    assert with_budget(str(caught.value).split()[-1], Settings(steps=5), source)[0].tail_drop > 0.8
     assert with_budget("3TFLOPs", Settings(steps=5), source)[0].tail_drop == 0.0
 
 

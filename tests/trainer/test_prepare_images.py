@@ -420,6 +420,13 @@ def test_bad_options(source, tmp_path, change, match):
     assert "\n" not in str(caught.value) and not list((tmp_path).rglob("*.zstd"))
 
 
+@pytest.mark.parametrize("flag", ["--scale", "--heldout", "--shard-mb"])
+def test_a_number_that_is_none(source, tmp_path, flag, capsys):
+    for word in ("nan", "inf"):
+        assert prepare.main(["images", str(source), "--to", str(tmp_path / "out"), flag, word]) == 2
+        assert capsys.readouterr().err == f"error: {flag} {word}: a finite number\n"
+
+
 def test_a_size_the_vae_does_not_divide(vae):
     model = load_vae(str(vae))
     assert encode.latent_shape(model, 40) == (4, 5, 5)

@@ -158,6 +158,16 @@ def test_elastic_curve_that_is_none(tmp_path, text, said):
     assert curve == {} and said in why
 
 
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--steps", "1001"], ["--seed", "-1"]])
+def test_wrong_numbers_are_one_line_before_anything_is_done(words, tmp_path, capsys):
+    run = tmp_path / "young"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    assert cli.main(["report", str(run), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words[0]}: must be") and error.count("\n") == 1
+
+
 def test_run_that_just_began_says_so(tmp_path, capsys):
     run = tmp_path / "young"
     run.mkdir()

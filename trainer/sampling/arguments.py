@@ -118,6 +118,7 @@ def add_sampler_flags(text: argparse.ArgumentParser, rho: bool = True) -> None:
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what can be told without the model."""
     from model.teacache import check_threshold
+    from trainer.parallel.world import rank_and_size
 
     for name in ("num", "per_class", "steps", "batch", "shard", "vae_batch", "guidance_channels"):
         value = getattr(args, name, None)
@@ -134,7 +135,7 @@ def check(args: argparse.Namespace) -> None:
     if args.uncond_tail_drop is not None:
         TailDrop.parse(args.uncond_tail_drop, "--uncond-tail-drop")
     for name in ("uncond_tail_drop", "guidance_interval"):
-        if getattr(args, name) is not None and args.guidance == 1:
+        if getattr(args, name) is not None and args.guidance == 1 and rank_and_size()[0] == 0:
             print(f"note: --{name.replace('_', '-')} does nothing at --guidance 1", file=sys.stderr)
     if getattr(args, "budget", None) is not None:
         Budget.parse(args.budget)
@@ -156,6 +157,8 @@ def check_sample(args: argparse.Namespace, processes: int) -> None:
             raise UserError("--format: is for many pictures; give --num N --to DIR with it")
         if args.classes.strip() == "random":
             raise UserError("--classes: random goes with --num N")
+        if args.to and (args.to.endswith("/") or Path(args.to).is_dir()):
+            raise UserError(f"--to: {args.to} is a folder; a sheet is a file: {Path(args.to) / 'sheet.png'}")
         if args.to and Path(args.to).suffix.lower() not in ("", ".png"):
             raise UserError(f"--to: {args.to} should end in .png")
         return
@@ -246,7 +249,10 @@ def parse_classes(text: str, names: Sequence[str]) -> list[int]:
         if part.lstrip("-").isdigit():
             labels.append(int(part))
         elif dash and first.isdigit() and last.isdigit():
-            labels.extend(range(int(first), int(last) + 1))
+            low, high = int(first), int(last)
+            if high < low:
+                raise UserError(f"--classes: {part} runs backwards; give {last}-{first}")
+            labels.extend(range(low, min(high, max(low, len(names))) + 1))  # one too many is told of below
         elif part.casefold() in by_name:
             labels.append(by_name[part.casefold()])
         else:

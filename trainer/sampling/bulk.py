@@ -76,7 +76,9 @@ class Bulk:
                 print(f"already complete: {self.args.to}", flush=True)
             return True
         missing = world.broadcast(self._together(lambda: self.store.missing() if world.main else None))
-        return self._draw(missing) and self._finish(record)
+        done = self._draw(missing) and self._finish(record)
+        self.line.show("")
+        return done
 
     def _draw(self, missing: np.ndarray) -> bool:
         """Rounds over the missing pictures; False when a signal came."""
@@ -92,7 +94,6 @@ class Bulk:
                 self.stop.check(world)
             except Stopped:
                 return False
-        self.line.show("")
         return True
 
     def _batch(self, places: np.ndarray | None, drawn_before: int, now: int) -> None:

@@ -296,6 +296,7 @@ def test_pictures_of_two_sizes_do_not_compare_offline(run, tmp_path, capsys):
         ("--samples DATA --reference DATA --no-clip", "--clip: goes with --checkpoint"),
         ("--checkpoint RUN --num 4 --features offline --to /proc/x/e.json", "--to: cannot write to /proc/x"),
         ("--checkpoint RUN --num 4 --features offline --keep /proc/x", "--keep: cannot write to /proc/x"),
+        ("--checkpoint RUN --num 4 --features offline --keep OTHERS", "holds other pictures, such as 000000004.png"),
         ("--checkpoint RUN --num 4 --features offline --vae x/y", "--vae: the model makes pixels"),
         ("--checkpoint nowhere --num 4", "no such file or folder nowhere"),
         ("--samples RUN --reference RUN --keep x", "--keep"),
@@ -311,7 +312,13 @@ def test_pictures_of_two_sizes_do_not_compare_offline(run, tmp_path, capsys):
 def test_bad_input_is_one_line_before_anything_is_drawn(run, argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.evaluation.draw.draw", None)
     np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, SIZE, SIZE, 3), np.uint8))
-    named = {"RUN": str(run), "DATA": str(run.parent / "data"), "ONE": str(tmp_path / "one.npz")}
+    (tmp_path / "000000004.png").touch()
+    named = {
+        "RUN": str(run),
+        "DATA": str(run.parent / "data"),
+        "ONE": str(tmp_path / "one.npz"),
+        "OTHERS": str(tmp_path),
+    }
     assert cli.main(["evaluate", *(named.get(word, word) for word in argv.split())]) == 2
     error = capsys.readouterr().err
     assert re.search(words, error) and error.strip().count("\n") == 0, error
