@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -66,8 +67,15 @@ class FSDP(TorchEngine):
         yield
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        norm = super().clip(max_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        """As the other engines. Each replica adds up the norm by itself, perhaps in another order, so all take that of
+        the first: their weights would drift apart by roundings, and nothing ever brings them together again."""
+        parameters = list(self.model.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.mesh.ndim == 2:
+            dist.broadcast(norm, group=self.mesh.get_group("replicate"), group_src=0)
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
 
 
 def parts(model: nn.Module, *names: str) -> list[nn.Module]:
