@@ -40,7 +40,11 @@ def cuda_home(cpp):
     script or a link to the real one: then nvcc itself is asked."""
     home = cpp.CUDA_HOME
     nvcc = home and os.path.join(home, "bin", "nvcc")
-    if not home or os.path.exists(os.path.join(home, "include", "cuda_runtime_api.h")) or not os.path.exists(nvcc):
+    if (
+        not home
+        or os.path.exists(os.path.join(home, "include", "cuda_runtime_api.h"))
+        or not os.path.exists(nvcc)
+    ):
         return home
     said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)

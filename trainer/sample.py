@@ -26,6 +26,8 @@ from trainer.sampling.arguments import (
 from trainer.sampling.decode import LATENT_NOTE, to_pictures
 from trainer.sampling.progress import Line
 
+MANY = 256  # pictures on a sheet: from here on they are perhaps more than was meant
+
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
@@ -53,6 +55,10 @@ def _sheet(args: argparse.Namespace) -> int:
     labels = parse_classes(args.classes, source.class_names)
     per_class = args.per_class or 1
     labels = [label for label in labels for _ in range(per_class)]
+    if len(labels) > MANY:
+        print(
+            f"note: a sheet of {len(labels)} pictures; --classes 0-9 draws ten", file=sys.stderr, flush=True
+        )
     settings, budget = settings_from(args, source), None
     if args.budget is not None:
         settings, budget = with_budget(args.budget, settings, source, guide)

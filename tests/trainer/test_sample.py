@@ -266,6 +266,15 @@ def test_truncated_weights_are_one_line(tmp_path, capsys):
     assert str(weights) in capsys.readouterr().err
 
 
+def test_a_large_sheet_is_told_of_before_it_is_drawn(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "MANY", 3)
+    words = ["--checkpoint", str(run), "--steps", "1", "--to", str(tmp_path / "a.png")]
+    assert cli.main(["sample", *words]) == 0
+    assert capsys.readouterr().err == "note: a sheet of 4 pictures; --classes 0-9 draws ten\n"
+    assert cli.main(["sample", *words, "--classes", "0-2"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_classes_by_number_range_and_name():
     assert sample.parse_classes("all", CLASSES) == [0, 1, 2, 3]
     assert sample.parse_classes("3, 0-2,CAT,printed page", CLASSES) == [3, 0, 1, 2, 0, 3]

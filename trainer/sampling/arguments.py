@@ -73,7 +73,7 @@ def add_sampler_flags(text: argparse.ArgumentParser, rho: bool = True) -> None:
     add("--method", choices=METHODS,
         help="default: what the model was trained for: ddpm or euler; dpmpp* and unipc need diffusers")  # fmt: skip
     add("--steps", type=int, metavar="N",
-        help=f"sampling steps (default: {STEPS}; {DDPM_STEPS} for --num with ddpm)")  # fmt: skip
+        help=f"sampling steps (default: {STEPS}; {DDPM_STEPS} with ddpm, except for a sheet)")  # fmt: skip
     add(
         "--eta",
         type=float,
