@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from model.errors import UserError
-from trainer.config import Config
+
+if TYPE_CHECKING:
+    from trainer.config import Config
 
 APEX_SOURCE = "https://github.com/NVIDIA/apex (AMD: https://github.com/ROCm/apex)"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from trainer.checkpoint import read_state
-from trainer.config import Config
 from trainer.ema import HostUpdate, ema_names
 from trainer.optimizers import build_optimizer
 from trainer.parallel.world import World
+
+if TYPE_CHECKING:
+    from trainer.config import Config
 
 
 class Engine:
