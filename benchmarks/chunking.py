@@ -9,7 +9,7 @@ grid itself (linear cost is 4).
 
 With --model the whole DC-DiT-S instead (chunking_model.py).
 
-    python benchmarks/chunking.py [--model] [--quick] [--no-compile] [--json FILE] [--markdown FILE]
+    python benchmarks/chunking.py [--model] [--quick] [--no-compile] [--device cpu|cuda] [--json FILE] [--markdown FILE]
         [--dtype float32,bfloat16] [--sizes BxHxWxD,...] [--rounds N] [--threads N]
 """
 
@@ -26,14 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import chunking_model
 from benchmarks.chunking_cases import SIZES, Size, dense, inputs, ours, run, tokens, widened
-from benchmarks.chunking_memory import KINDS, memory
+from benchmarks.chunking_memory import KINDS, memory, memory_of_gpu
 from benchmarks.tables import (
+    add_device,
     add_outputs,
     facts_of_this_run,
     headline,
     keep_memory,
     markdown,
     plain_text,
+    wait,
     write_outputs,
 )
 
@@ -43,8 +45,10 @@ COMPILE_SECONDS = 180  # for one size; it has usually done after 30
 
 
 def seconds(path, size, tensors, backward):
+    wait(tensors[0].device)
     start = time.perf_counter()
     result = run(path, size, tensors, backward)
+    wait(tensors[0].device)
     took = time.perf_counter() - start
     del result  # returning memory to the system is no form's work
     return took
@@ -74,9 +78,9 @@ def compiled(size, tensors):
         signal.signal(signal.SIGALRM, before)
 
 
-def time_forms(size, dtype, rounds, with_compile, why):
+def time_forms(size, dtype, device, rounds, with_compile, why):
     """{pass: {form: ms}}; what torch.compile says against it goes to `why`."""
-    tensors = inputs(size, dtype)
+    tensors = inputs(size, dtype, device)
     plain = widened(tensors)
     forms = {"dense": (dense(), plain)}
     if with_compile:
@@ -101,9 +105,9 @@ def time_forms(size, dtype, rounds, with_compile, why):
     return ms
 
 
-def time_growth(size, dtype, rounds):
+def time_growth(size, dtype, device, rounds):
     """{pass: time of ours with H and W doubled over its time}."""
-    pair = [(s, inputs(s, dtype)) for s in (size, size.doubled())]
+    pair = [(s, inputs(s, dtype, device)) for s in (size, size.doubled())]
     path, growth = ours(), {}
     for name in PASSES:
         times = [[], []]
@@ -118,8 +122,8 @@ def time_growth(size, dtype, rounds):
 def measure(size, dtype, args, why):
     rounds = args.rounds or (3 if args.quick else 9)
     kind = getattr(torch, dtype)
-    ms = time_forms(size, kind, rounds, not (args.quick or args.no_compile), why)
-    growth = time_growth(size, kind, rounds)
+    ms = time_forms(size, kind, args.device, rounds, not (args.quick or args.no_compile), why)
+    growth = time_growth(size, kind, args.device, rounds)
     T = tokens(size)
     row = {"size": str(size), "dtype": dtype, "sigma": size.sigma, "tokens": T}
     row["retained"] = round(T / (size.batch * size.height * size.width), 2)
@@ -131,10 +135,10 @@ def measure(size, dtype, args, why):
     return row | {"growth": growth["forward_backward"], "ms": ms}
 
 
-def add_memory(rows, why):
+def add_memory(rows, device, why):
     """Into the rows: MB of each form, and the ratios; null where they cannot be had."""
     cases = [(Size.parse(row["size"]), row["dtype"]) for row in rows]
-    found, reason = memory(cases, torch.get_num_threads())
+    found, reason = (memory_of_gpu if device == "cuda" else memory)(cases)
     if reason:
         why.append(reason)
     for row, peaks in zip(rows, found or [None] * len(rows), strict=True):
@@ -178,6 +182,7 @@ def parse():
     parser.add_argument(
         "--no-compile", action="store_true", help="without the dense form under torch.compile"
     )
+    add_device(parser)
     add_outputs(parser, "--json", "--markdown")
     parser.add_argument(
         "--dtype", help="of the inputs, one or more (default float32,bfloat16; --model: float32)"
@@ -203,15 +208,17 @@ def main():
     keep_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    facts, why = facts_of_this_run("benchmarks/chunking.py"), []
+    facts, why = facts_of_this_run("benchmarks/chunking.py", args.device), []
     print(headline(facts), flush=True)
     if args.model:
         rounds = args.rounds or (1 if args.quick else 5)
-        rows = [chunking_model.measure(rounds, getattr(torch, d)) | {"dtype": d} for d in args.dtype]
+        rows = [
+            chunking_model.measure(rounds, getattr(torch, d), args.device) | {"dtype": d} for d in args.dtype
+        ]
         name, cells = "chunking-model", chunking_model.table(rows)
     else:
         rows = [measure(size, dtype, args, why) for dtype in args.dtype for size in args.sizes]
-        add_memory(rows, why)
+        add_memory(rows, args.device, why)
         name, cells = "chunking", table(rows)
     print(plain_text(cells), *why, sep="\n")
     write_outputs(args, name, markdown(cells, facts), facts | {"rows": rows, "not_measured": why})

@@ -68,7 +68,7 @@ def dense(transform=lambda function: function):
         count = retained.sum(1)
         M = int(count.max())
         place = retained.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :M]
-        valid = torch.arange(M) < count[:, None]
+        valid = torch.arange(M, device=x.device) < count[:, None]
         h = x.gather(1, place[..., None].expand(-1, -1, D))[valid] + pos[place[valid]]
         return h, (p, place, valid, natural)
 
@@ -91,7 +91,7 @@ def dense_dechunk(h_pad, p_sel, place, valid, natural, p, residual, grid, sigma)
     s = torch.bmm(kernel, h_pad) / (kernel.sum(-1, keepdim=True) + 1e-8)
     out = p_sel[..., None] * h_pad + (1 - p_sel[..., None]) * s
 
-    i = torch.arange(L)
+    i = torch.arange(L, device=residual.device)
     everywhere = torch.stack([i // W, i % W], -1).float()
     d2 = (everywhere[None, :, None] - u[:, None]).pow(2).sum(-1).masked_fill(~valid[:, None], torch.inf)
     plug = out.gather(1, d2.argmin(-1)[..., None].expand(-1, -1, D))
@@ -112,8 +112,8 @@ def ours(backend="auto"):
     return Form(pack, unpack)
 
 
-def inputs(size, dtype):
-    """x, pos, boundary_prob, tail_drop, residual, and the gradient of the output."""
+def inputs(size, dtype, device="cpu"):
+    """x, pos, boundary_prob, tail_drop, residual, and the gradient of the output: the same numbers on any device."""
     B, H, W, D, _ = size
     g = torch.Generator().manual_seed(0)
     u = torch.rand(B, H * W, generator=g)
@@ -121,7 +121,7 @@ def inputs(size, dtype):
     x, residual = (torch.randn(B, H * W, D, generator=g).to(dtype) for _ in range(2))
     pos = torch.randn(H * W, D, generator=g)
     grad = torch.randn(B, H * W, D, generator=g)
-    return x, pos, prob, torch.full((B,), RHO), residual, grad
+    return tuple(t.to(device) for t in (x, pos, prob, torch.full((B,), RHO), residual, grad))
 
 
 def widened(tensors):

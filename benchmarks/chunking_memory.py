@@ -3,7 +3,8 @@
 How: a process of its own runs under an allocator that writes down every allocation and release of at least 256
 bytes (count_malloc.c through LD_PRELOAD; torch's tensors and the scratch of the C++ kernels alike). The
 allocations that turn out to hold the output or a gradient of an input are left out; the peak is the largest sum
-of the others that live at one time. One run before it warms up. Linux with glibc and a C compiler only.
+of the others that live at one time. One run before it warms up. Linux with glibc and a C compiler only. On a GPU
+torch's own record of its allocations takes the place of that allocator.
 
 KINDS: the path run through, and `ops_`: its ops as a model uses them, with other layers between packing and
 de-chunking. There the packed rows and their gradient are inputs and outputs too; through the path they are not.
@@ -35,7 +36,7 @@ class Event(ctypes.Structure):
     _fields_ = [("at", ctypes.c_size_t), ("bytes", ctypes.c_int64)]
 
 
-def memory(cases, threads):
+def memory(cases):
     """([{kind: {form: bytes}}] for each (size, dtype name), None), or (None, why it could not be measured)."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if sys.platform != "linux" or not compiler:
@@ -48,7 +49,9 @@ def memory(cases, threads):
             return None, f"memory: {built.stderr.strip().splitlines()[-1]}"
         done = subprocess.run(
             [sys.executable, __file__],
-            input=json.dumps({"cases": [(list(size), dtype) for size, dtype in cases], "threads": threads}),
+            input=json.dumps(
+                {"cases": [(list(size), dtype) for size, dtype in cases], "threads": torch.get_num_threads()}
+            ),
             env=os.environ | {"LD_PRELOAD": library},
             capture_output=True,
             text=True,
@@ -58,19 +61,44 @@ def memory(cases, threads):
     return json.loads(done.stdout), None
 
 
-def peak(form, size, tensors, backward, apart):
-    """Bytes, by the allocator that this process was started under."""
+def memory_of_gpu(cases):
+    """The same of the current GPU."""
+    try:
+        return [peaks(Size(*size), dtype, "cuda") for size, dtype in cases], None
+    except Exception as error:  # the record is no stable interface of torch: without it the rest still counts
+        return None, f"memory: {type(error).__name__}: {error}"
+
+
+def counted(work):
+    """(what work() returns, [(address, bytes, negative where released)]), by the allocator of this process."""
     counter = ctypes.CDLL(None)
     counter.count_stop.restype = counter.count_room.restype = ctypes.c_long
     counter.count_events.restype = ctypes.POINTER(Event)
-    run(form, size, tensors, backward, apart)
-    gc.collect()
     counter.count_start()
-    out, grads = run(form, size, tensors, backward, apart)
+    result = work()
     count = counter.count_stop()
     if count > counter.count_room():
         raise RuntimeError("more allocations than the counter has room for")
-    log = [(event.at, event.bytes) for event in counter.count_events()[:count]]
+    return result, [(event.at, event.bytes) for event in counter.count_events()[:count]]
+
+
+def recorded(work):
+    """The same by torch's record of the current GPU."""
+    torch.cuda.memory._record_memory_history(context=None, max_entries=1_000_000)
+    try:
+        result = work()
+        trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    sign = {"alloc": 1, "free_completed": -1}
+    return result, [(e["addr"], sign[e["action"]] * e["size"]) for e in trace if e["action"] in sign]
+
+
+def peak(form, size, tensors, backward, apart):
+    run(form, size, tensors, backward, apart)
+    gc.collect()
+    record = recorded if tensors[0].is_cuda else counted
+    (out, grads), log = record(lambda: run(form, size, tensors, backward, apart))
     wanted = {t.untyped_storage().data_ptr() for t in (out, *grads)}
     # The last allocation at a wanted address is the one that is still there.
     kept = {at: k for k, (at, size) in enumerate(log) if size > 0 and at in wanted}
@@ -85,27 +113,23 @@ def peak(form, size, tensors, backward, apart):
     return most
 
 
+def peaks(size, dtype, device="cpu"):
+    """{kind: {form: bytes}}"""
+    tensors = inputs(size, getattr(torch, dtype), device)
+    forms = {"dense": (dense(), widened(tensors)), "ours": (ours(), tensors)}
+    return {
+        kind: {
+            name: peak(form, size, given, "back" in kind, "ops" in kind)
+            for name, (form, given) in forms.items()
+        }
+        for kind in KINDS
+    }
+
+
 def main():
     spec = json.load(sys.stdin)
     torch.set_num_threads(spec["threads"])
-    forms = {"dense": dense(), "ours": ours()}
-    rows = []
-    for size, dtype in spec["cases"]:
-        size, row = Size(*size), {}
-        tensors = inputs(size, getattr(torch, dtype))
-        for kind in KINDS:
-            row[kind] = {
-                name: peak(
-                    form,
-                    size,
-                    widened(tensors) if name == "dense" else tensors,
-                    "back" in kind,
-                    "ops" in kind,
-                )
-                for name, form in forms.items()
-            }
-        rows.append(row)
-    print(json.dumps(rows))
+    print(json.dumps([peaks(Size(*size), dtype) for size, dtype in spec["cases"]]))
 
 
 if __name__ == "__main__":

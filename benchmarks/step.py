@@ -26,12 +26,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tables import (
+    add_device,
     add_outputs,
     facts_of_this_run,
     headline,
     keep_memory,
     markdown,
     plain_text,
+    wait,
     write_outputs,
 )
 from model import DCDiT, DiT, preset, ratio_loss
@@ -115,7 +117,8 @@ class Step:
         self.x0, self.noise = (torch.randn(B, 4, H, W, device=device) for _ in range(2))
         self.t = self.process.time((torch.arange(B) + 0.5) / B).to(device)
         self.y = torch.randint(0, sizes.num_classes, (B,), device=device)
-        model = (DCDiT if routed else DiT)(sizes).to(device)
+        with device:  # a large model takes long to fill on a CPU
+            model = (DCDiT if routed else DiT)(sizes)
         if routed:
             model.calibrate_router(self._noisy(), self.process.model_time(self.t), self.y)
         self.model, self.device = model, device
@@ -207,11 +210,6 @@ class Step:
         shares = {part: taken / everything for part, taken in total.items()}
         shares["elementwise and the rest"] = sum(rest.values()) / everything
         return shares, {name: rest[name] / everything for name in largest}
-
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def measure(args, device):
@@ -313,7 +311,7 @@ def parse():
     add("--rounds", type=int, default=5)
     add("--warm", type=int, default=2, help="untimed rounds before them (default: 2)")
     add("--threads", type=int)
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add("--parts", action="store_true", help="also where the time goes")
     add_outputs(parser, "--json", "--markdown")
     args = parser.parse_args()
@@ -335,9 +333,7 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    facts = facts_of_this_run("benchmarks/step.py")
-    if device.type == "cuda":
-        facts["machine"] = torch.cuda.get_device_name()
+    facts = facts_of_this_run("benchmarks/step.py", device)
     print(headline(facts), flush=True)
     rows = measure(args, device)
     text = markdown(table(rows), facts, left=2)

@@ -78,9 +78,23 @@ def command(script):
     return shlex.join(["python", script, *words])
 
 
-def facts_of_this_run(script):
+def add_device(parser):
+    """--device: the GPU where there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=default, help="default: %(default)s here"
+    )
+
+
+def wait(device):
+    """Until `device` has done all that it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def facts_of_this_run(script, device="cpu"):
     return {
-        "machine": machine(),
+        "machine": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else machine(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,24 @@ def test_a_step_is_measured_and_its_parts_add_up(tmp_path):
         )
     assert rows[2]["efficiency"] == 1 and 0.2 < rows[0]["retained"] < 0.3
     assert "DC-DiT-Ti" in done.stdout
+
+
+def test_a_gpu_needs_only_torch_for_its_benchmarks():
+    """A machine lent for minutes may have torch and numpy, and nothing of what the trainer wants besides."""
+    blocked = (
+        "import sys; sys.modules.update(dict.fromkeys(('omegaconf', 'deepspeed', 'rich', 'streaming')))\n"
+    )
+    modules = (
+        "benchmarks.chunking, benchmarks.step, tests.model.test_cuda_ops, tests.model.test_cuda_capacity"
+    )
+    subprocess.run([sys.executable, "-c", f"{blocked}import {modules}"], cwd=ROOT, check=True)
+
+
+def test_the_gpu_command_goes_on_after_what_has_no_time_and_says_so(tmp_path):
+    command = [str(ROOT / "benchmarks/gpu.sh"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=os.environ | {"LIMIT": "0"}, capture_output=True, text=True)
+    summary = (tmp_path / "out/summary.txt").read_text()
+    assert done.returncode == 1 and summary in done.stdout
+    lines = [line for line in summary.splitlines() if "left out: no time" in line]
+    assert len(lines) == 15 and lines[0].startswith("machine") and lines[1].startswith("build")
+    assert subprocess.run(command[:1], capture_output=True).returncode == 2
