@@ -42,6 +42,7 @@ from model.errors import UserError
 from model.flops import flops
 from trainer.gpus import peak_tflops
 from trainer.parallel.apply import compile_blocks
+from trainer.precision import autocast
 
 KINDS = ("eager", "capacity", "compiled", "compiled_capacity")
 PARTS = {
@@ -136,8 +137,8 @@ class Step:
         """The step; `watch` is told when its forward begins and its backward ends."""
         if watch:
             watch.add(None)
-        x_t, bf16 = self._noisy(), self.args.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        x_t = self._noisy()
+        with autocast(self.device, self.args.precision):
             out = self.model(x_t, self.process.model_time(self.t), self.y, tail_drop=self.args.tail_drop)
         loss = self.process.losses(out.sample, self.x0, x_t, self.noise, self.t).total.mean()
         if out.routing is not None:

@@ -6,7 +6,6 @@ number of processes, the other classes asked for and the order do not change it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -163,6 +162,8 @@ def draw_batch(
         rows = [_normal(settings.seed, key, stream, shape) for key in keys]
         return torch.from_numpy(np.stack(rows)).to(device)
 
+    from trainer.precision import autocast
+
     with torch.no_grad(), autocast(device, settings.precision):
         images = process.sample(
             model_fn, noise(0), settings.steps, method=settings.method, eta=settings.eta,
@@ -255,14 +256,6 @@ def stream_keys(labels: Sequence[int]) -> list[tuple[int, int]]:
 def _normal(seed: int, key: tuple[int, int], stream: int, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal float32: a function of its arguments alone."""
     return rng(seed, "sample", *key, stream).standard_normal(shape, np.float32)
-
-
-def autocast(device, precision: str):
-    import torch
-
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def _step_reporter(say, first: int, count: int, total: int, steps: int, started: float):

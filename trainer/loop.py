@@ -34,6 +34,7 @@ from trainer.heldout import Heldout
 from trainer.metrics import Metrics, read_rows
 from trainer.parallel import World, engine
 from trainer.parallel.world import lost_others
+from trainer.precision import autocast
 from trainer.saver import Saver
 from trainer.signals import StopFlag
 from trainer.stats import StepStats
@@ -65,8 +66,7 @@ class Trainer:
         model = self._build_model()
         self.resume = self._find_checkpoint()
         self.start_share = None if self.resume else self._calibrate(model)
-        bf16 = config.train.precision == "bf16"
-        self.autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16)
+        self.autocast = autocast(world.device, config.train.precision)
         self.parameters, self.sizes = model.num_parameters(), model.config
         self.decays = ema_decays(config.ema.decay)
         copies = [ema_copy(model) for _ in self.decays]

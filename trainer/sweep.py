@@ -288,7 +288,7 @@ class Sweep:
             yield batch
 
     def _autocast(self) -> Any:
-        from trainer.drawing import autocast
+        from trainer.precision import autocast
 
         return autocast(self.source.device, self.settings.precision)
 
