@@ -101,7 +101,8 @@ class Processes:
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             running = [process.sentinel for process in self.processes if process.exitcode is None]
-            if not wait(running, max(0.0, deadline - time.monotonic())):
+            # The last may have ended since `poll` looked; waiting for nothing would last until the deadline.
+            if running and not wait(running, max(0.0, deadline - time.monotonic())):
                 self.kill()
                 raise TimeoutError(f"still running after {timeout} s:\n{self.output()}")
         return self.output(), None
