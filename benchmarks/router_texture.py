@@ -10,13 +10,15 @@ the correlation of boundary probability and detail inside an image (mean over im
 prediction when every image's own boundary probabilities are dealt out in another order: as the router has them, by
 chance, by detail (an oracle: it sees the clean image). So all three keep the same number of tokens in every image. The
 model was trained with its own router; another order is strange to it, so a lower error of the router's is no proof by
-itself that its order is the best one for a model trained on it.
+itself that its order is the best one for a model trained on it. "Without blocks" skips the backbone: what it is worth.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,6 +36,9 @@ from trainer.sampling.source import load_source
 
 TIMES = (0, 20, 50, 100, 200, 400, 800)
 ORDERS = ("router", "chance", "detail")
+ALONE = (
+    "without blocks"  # the packed tokens as they are, past the backbone: what encoder and decoder do alone
+)
 
 
 def detail(images: torch.Tensor) -> torch.Tensor:
@@ -60,6 +65,16 @@ class Dealt(nn.Module):
         return torch.cat([p_BL[:, :1], torch.empty_like(inner).scatter(1, places, inner), p_BL[:, -1:]], 1)
 
 
+@contextmanager
+def skipped(backbone: nn.Module) -> Iterator[None]:
+    """The backbone hands on what it is given."""
+    backbone.forward = lambda tokens, *_: tokens
+    try:
+        yield
+    finally:
+        del backbone.forward
+
+
 def agreement(chosen_BL: torch.Tensor, measured_BL: torch.Tensor) -> torch.Tensor:
     """(B,) rank correlations over the places of each image but the forced ends; nan where nothing varies."""
     pairs = zip(chosen_BL[:, 1:-1].numpy(), measured_BL[:, 1:-1].numpy(), strict=True)
@@ -74,16 +89,17 @@ def look(source, images: torch.Tensor, labels: torch.Tensor, time_step: int) -> 
     noise = torch.randn(images.shape, generator=generator)
     chance = torch.rand(len(images), images[0, 0].numel(), generator=generator)
     measured, router = detail(images), model.router
-    found = {"share": [], "inside": [], "inside by chance": [], **{order: [] for order in ORDERS}}
+    found = {"share": [], "inside": [], "inside by chance": [], **{order: [] for order in (*ORDERS, ALONE)}}
     model.router = dealt = Dealt(router)
     try:
         for part in torch.arange(len(images)).split(32):
             x0, n, y = images[part], noise[part], labels[part]
             t = torch.full((len(part),), time_step)
             x_t = process.add_noise(x0, n, t)
-            for order in ORDERS:
-                dealt.rank = {"router": None, "chance": chance[part], "detail": measured[part]}[order]
-                out = model(x_t, process.model_time(t), y)
+            for order in (*ORDERS, ALONE):
+                dealt.rank = {"chance": chance[part], "detail": measured[part]}.get(order)
+                with skipped(model.backbone) if order == ALONE else nullcontext():
+                    out = model(x_t, process.model_time(t), y)
                 found[order].append(process.losses(out.sample, x0, x_t, n, t).mse)
                 if order == "router":
                     found["share"].append(out.routing.natural.float().mean(1))
@@ -102,14 +118,14 @@ def tables(seen: dict[int, dict], measured: torch.Tensor, labels: torch.Tensor) 
     images = [
         ["t", "kept", "correlation over images", "over classes", "flattest third", "most textured third"]
     ]
-    places = [["t", "correlation inside", "error, router", "by chance", "by detail"]]
+    places = [["t", "correlation inside", "error, router", "by chance", "by detail", ALONE]]
     for t, found in seen.items():
         share = found["share"]
         of_class = [share[labels == k].mean().item() for k in classes]
         over, between = spearmanr(share, measured)[0], spearmanr(of_class, by_class)[0]
         images.append([str(t), f"{share.mean():.3f}", f"{over:.2f}", f"{between:.2f}",
                        f"{share[measured <= low].mean():.3f}", f"{share[measured >= high].mean():.3f}"])  # fmt: skip
-        errors = [f"{found[order].mean():.5f}" for order in ORDERS]
+        errors = [f"{found[order].mean():.5f}" for order in (*ORDERS, ALONE)]
         places.append([str(t), f"{found['inside'].nanmean():.2f}", *errors])
     return images, places
 
