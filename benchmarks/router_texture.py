@@ -10,7 +10,12 @@ the correlation of boundary probability and detail inside an image (mean over im
 prediction when every image's own boundary probabilities are dealt out in another order: as the router has them, by
 chance, by detail (an oracle: it sees the clean image). So all three keep the same number of tokens in every image. The
 model was trained with its own router; another order is strange to it, so a lower error of the router's is no proof by
-itself that its order is the best one for a model trained on it. "Without blocks" skips the backbone: what it is worth.
+itself that its order is the best one for a model trained on it.
+
+"Tokens differ": the share of the backbone's output (mean square) that varies over the tokens of the batch; at 0 all
+are the same vector. "All alike": the error with that output replaced by its mean, so what encoder and decoder do
+alone. Leaving the blocks out would not show it: a decoder that has learned to expect one vector everywhere is then
+disturbed by tokens that differ, and the error grows although the blocks say nothing.
 """
 
 from __future__ import annotations
@@ -36,9 +41,7 @@ from trainer.sampling.source import load_source
 
 TIMES = (0, 20, 50, 100, 200, 400, 800)
 ORDERS = ("router", "chance", "detail")
-ALONE = (
-    "without blocks"  # the packed tokens as they are, past the backbone: what encoder and decoder do alone
-)
+ALONE = "all alike"
 
 
 def detail(images: torch.Tensor) -> torch.Tensor:
@@ -65,12 +68,24 @@ class Dealt(nn.Module):
         return torch.cat([p_BL[:, :1], torch.empty_like(inner).scatter(1, places, inner), p_BL[:, -1:]], 1)
 
 
+def variation(h_TD: torch.Tensor) -> torch.Tensor:
+    """(): share of the mean square of h that is not that of its mean row."""
+    return 1 - h_TD.mean(0).square().mean() / h_TD.square().mean()
+
+
 @contextmanager
-def skipped(backbone: nn.Module) -> Iterator[None]:
-    """The backbone hands on what it is given."""
-    backbone.forward = lambda tokens, *_: tokens
+def averaged(backbone: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The backbone's rows are all their mean; the list gets the `variation` that they had."""
+    had, forward = [], backbone.forward
+
+    def alike(*args):
+        h_TD = forward(*args)
+        had.append(variation(h_TD))
+        return h_TD.mean(0).expand_as(h_TD)
+
+    backbone.forward = alike
     try:
-        yield
+        yield had
     finally:
         del backbone.forward
 
@@ -89,7 +104,8 @@ def look(source, images: torch.Tensor, labels: torch.Tensor, time_step: int) -> 
     noise = torch.randn(images.shape, generator=generator)
     chance = torch.rand(len(images), images[0, 0].numel(), generator=generator)
     measured, router = detail(images), model.router
-    found = {"share": [], "inside": [], "inside by chance": [], **{order: [] for order in (*ORDERS, ALONE)}}
+    found = {"share": [], "inside": [], "inside by chance": [], "differ": []}
+    found |= {order: [] for order in (*ORDERS, ALONE)}
     model.router = dealt = Dealt(router)
     try:
         for part in torch.arange(len(images)).split(32):
@@ -98,8 +114,9 @@ def look(source, images: torch.Tensor, labels: torch.Tensor, time_step: int) -> 
             x_t = process.add_noise(x0, n, t)
             for order in (*ORDERS, ALONE):
                 dealt.rank = {"chance": chance[part], "detail": measured[part]}.get(order)
-                with skipped(model.backbone) if order == ALONE else nullcontext():
+                with averaged(model.backbone) if order == ALONE else nullcontext([]) as had:
                     out = model(x_t, process.model_time(t), y)
+                found["differ"] += [share.expand(len(part)) for share in had]
                 found[order].append(process.losses(out.sample, x0, x_t, n, t).mse)
                 if order == "router":
                     found["share"].append(out.routing.natural.float().mean(1))
@@ -118,7 +135,7 @@ def tables(seen: dict[int, dict], measured: torch.Tensor, labels: torch.Tensor) 
     images = [
         ["t", "kept", "correlation over images", "over classes", "flattest third", "most textured third"]
     ]
-    places = [["t", "correlation inside", "error, router", "by chance", "by detail", ALONE]]
+    places = [["t", "correlation inside", "error, router", "by chance", "by detail", ALONE, "tokens differ"]]
     for t, found in seen.items():
         share = found["share"]
         of_class = [share[labels == k].mean().item() for k in classes]
@@ -126,7 +143,8 @@ def tables(seen: dict[int, dict], measured: torch.Tensor, labels: torch.Tensor) 
         images.append([str(t), f"{share.mean():.3f}", f"{over:.2f}", f"{between:.2f}",
                        f"{share[measured <= low].mean():.3f}", f"{share[measured >= high].mean():.3f}"])  # fmt: skip
         errors = [f"{found[order].mean():.5f}" for order in (*ORDERS, ALONE)]
-        places.append([str(t), f"{found['inside'].nanmean():.2f}", *errors])
+        differ = f"{found['differ'].mean():.1e}"
+        places.append([str(t), f"{found['inside'].nanmean():.2f}", *errors, differ])
     return images, places
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import evidence, imbalance, scenes
+from benchmarks import evidence, imbalance, router_texture, scenes
 from benchmarks.tables import add_outputs, command, markdown, place, plain_text, write_outputs
+from model import DCDiT, preset
 from trainer.data.manifest import Manifest
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +146,29 @@ def test_imbalance_grows_with_ranks_and_less_when_stratified():
     spread = [imbalance.simulate(recorded, ranks, 4, "stratified", 30) for ranks in (4, 64)]
     best = imbalance.simulate(recorded, 64, 4, "best", 30)
     assert 1 < alone[0] < alone[1] and 1 <= best < spread[1] < alone[1] and spread[0] < alone[0]
+
+
+def test_what_the_backbone_says_is_told_from_what_it_disturbs():
+    same, two = torch.full((6, 4), 3.0), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    assert router_texture.variation(same).item() == pytest.approx(0, abs=1e-6)
+    assert router_texture.variation(two).item() == pytest.approx(0.5)
+
+    torch.manual_seed(0)
+    config = preset("DC-DiT-Ti", depth=1, in_channels=3, input_size=8, num_classes=2)
+    model = DCDiT(config).eval().requires_grad_(False)
+    model.final_layer.linear.weight.normal_()
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([10, 900]), torch.tensor([0, 1])
+    whole = model(x, t, y).sample
+    with router_texture.averaged(model.backbone) as had:
+        alone = model(x, t, y).sample
+    assert len(had) == 1 and had[0] > 0.1 and not torch.allclose(whole, alone, atol=1e-3)
+    assert torch.equal(model(x, t, y).sample, whole)  # the backbone is itself again
+
+    # A backbone whose tokens are all one vector is worth nothing, and that is what the table then says.
+    model.backbone.norm.weight.zero_()
+    with router_texture.averaged(model.backbone):
+        alone = model(x, t, y).sample
+    assert torch.equal(model(x, t, y).sample, alone)
 
 
 def test_a_step_is_measured_and_its_parts_add_up(tmp_path):
