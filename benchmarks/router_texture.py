@@ -37,6 +37,7 @@ from torch import nn
 from benchmarks.tables import add_outputs, facts_of_this_run, headline, markdown, plain_text, write_outputs
 from trainer.charts import Series, line_chart, standalone
 from trainer.data import open_data, open_source
+from trainer.heldout import sums_of_squares
 from trainer.sampling.source import load_source
 
 TIMES = (0, 20, 50, 100, 200, 400, 800)
@@ -70,7 +71,8 @@ class Dealt(nn.Module):
 
 def variation(h_TD: torch.Tensor) -> torch.Tensor:
     """(): share of the mean square of h that is not that of its mean row."""
-    return 1 - h_TD.mean(0).square().mean() / h_TD.square().mean()
+    varying, whole = sums_of_squares(h_TD)
+    return varying / whole
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from trainer.config import load_config
 from trainer.data import open_data
 from trainer.evaluation.training import Drawing, check_drawing
 from trainer.parallel import World
+from trainer.signals import StopFlag
 
 
 class Stop:
@@ -29,6 +30,8 @@ class Stop:
     def agreed(self, world: World) -> bool:
         self.looks += 1
         return self.looks > self.after
+
+    check = StopFlag.check
 
 
 @pytest.fixture(scope="module")
