@@ -175,12 +175,12 @@ def plot(seen: dict[int, dict], measured: torch.Tensor) -> str:
             over_time(lambda found, name=name: 100 * (found[name].mean() / found["router"].mean() - 1)),
             tone=k,
         )
-        for k, name in enumerate(ORDERS)
+        for k, name in enumerate((*ORDERS, ALONE))
     ]
     x_label = "timestep (0: clean)"
     return standalone(
         "The router: share of tokens kept; rank correlation with local detail inside an image; "
-        "error where as many tokens are chosen otherwise, % above the router's",
+        "error where tokens are chosen otherwise, or all alike, % above the router's",
         line_chart(kept, x_label=x_label, y_percent=True),
         line_chart(inside, x_label=x_label),
         line_chart(errors, x_label=x_label),
