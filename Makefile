@@ -36,7 +36,7 @@ bench: $(STAMP)  ## side-by-side measurements: the ops against the dense form, a
 evidence: $(STAMP) ## DC-DiT and its ablations against DiT at equal training FLOPs; hours on a CPU, resumable
 	OMP_NUM_THREADS=1 $(PY) benchmarks/evidence.py --json runs/evidence/evidence.json \
 		--markdown docs/results.md --svg docs/images/evidence.svg
-	$(PY) benchmarks/router_texture.py runs/evidence/dcdit-0 --every 1 \
+	$(PY) benchmarks/router_texture.py runs/evidence/dcdit-0 --every 2 \
 		--markdown docs/results.md --name router-scenes --svg docs/images/router-learned.svg
 
 clean:           ## remove what was built (not runs/)
