@@ -18,6 +18,10 @@ OWN = (
     "step", "images", "heldout_loss", "heldout_mse", "heldout_mse_raw", "retained_share",
     "drawn_images", "drawn_seconds", "drawn_images_per_s",
 )  # fmt: skip
+MEANING = {
+    "backbone_variation": "Share of the backbone's output that differs from token to token. Near 0 it says the same to "
+    "all of them, whichever are kept: the convolutions do the work, and an elastic curve means nothing.",
+}
 
 
 @dataclass
@@ -104,11 +108,16 @@ def measured(runs: Sequence[Run]) -> list[str]:
     """A card for every other number that evaluations logged: Fréchet distances and the like."""
     found = []
     for key in other_keys(runs):
-        words = f"{key} of the evaluations during training, averaged weights."
+        words = MEANING.get(key, f"{key} of the evaluations during training, averaged weights.")
         name = key.replace("_", " ")
         found.append(
             overlay(
-                runs, name[0].upper() + name[1:], words, name, lambda run, key=key: points(run.evals, key)
+                runs,
+                name[0].upper() + name[1:],
+                words,
+                name,
+                lambda run, key=key: points(run.evals, key),
+                log=key == "backbone_variation",
             )
         )
     return found
