@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import scenes
 from benchmarks.tables import add_outputs, facts_of_this_run, headline, markdown, plain_text, write_outputs
 from model.flops import flops
 from trainer.build import model_config
@@ -31,7 +32,6 @@ from trainer.data.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "configs/recipe/evidence.yaml"
-SIZE = 24  # pixels a side: what two cores can train on a dozen times in two hours
 # name: (what it is, keys that differ, trained for every seed)
 RUNS = {
     "dcdit": ("DC-DiT, N = 4", {}, True),
@@ -194,14 +194,7 @@ def plot(rows, args, manifest):
 
 def prepare(args):
     """The scenes, made once; the manifest of whatever data is used."""
-    if args.data is None:
-        args.data = str(Path(args.to).parent / f"scenes-{SIZE}")
-        if not (Path(args.data) / "manifest.json").is_file():
-            pictures = f"{args.data}-png"
-            call(["benchmarks/scenes.py", "--to", pictures, "--per-class", 250, "--size", SIZE])
-            shape = ["--vae", "none", "--size", SIZE, "--no-mirror"]
-            call(["trainer/prepare.py", "images", pictures, "--to", args.data, *shape])
-    args.data = str(Path(args.data).resolve())
+    args.data = str(Path(args.data or scenes.prepared(Path(args.to).parent, args.size)).resolve())
     return Manifest.read(args.data)
 
 
@@ -221,6 +214,7 @@ def parse():
     add("--batch", type=int, default=16)
     add("--processes", type=int, default=min(2, os.cpu_count() or 1), help="of each run")
     add("--data", metavar="DIR", help="prepared data (default: scenes, made beside --to)")
+    add("--size", type=int, default=16, help="of the scenes, pixels a side (default: 16)")
     add("--rhos", default="0,0.3,0.6")
     add("--pictures", type=int, default=256, help="drawn at each rho (default: 256)")
     add("--steps", type=int, default=20, help="of DDIM (default: 20)")

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from model import DCDiT, preset, ratio_loss
+from benchmarks.short_run import short_run
+from model import DCDiT, preset
 from model.diffusion import make_process
-from trainer.data import open_source, train_loader
+from trainer.data import open_source
 
 BATCH = 16
 
@@ -49,23 +50,8 @@ def trace(start: str, data: str, steps: int, seed: int) -> list[tuple[float, flo
     model = DCDiT(
         preset("Ti", in_channels=shape.channels, num_classes=shape.num_classes, input_size=shape.height)
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0)
     rows = []
-    loader = train_loader(source, seed=seed, global_batch_size=BATCH, end_position=BATCH * steps)
-    for step, batch in enumerate(loader):
-        t = process.time(batch["u"])
-        x_t = process.add_noise(batch["image"], batch["noise"], t)
-        if step == 0:
-            STARTS[start](model, x_t, process.model_time(t), batch["label"])
-        out = model(x_t, process.model_time(t), batch["label"])
-        terms = process.losses(out.sample, batch["image"], x_t, batch["noise"], t)
-        ratio = ratio_loss(out.routing.boundary_prob, out.routing.natural, model.config.target_ratio)
-        (terms.total.mean() + 0.03 * ratio).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-4 * min(1.0, (step + 1) / 20)
-        optimizer.step()
-        optimizer.zero_grad()
+    for out, terms in short_run(model, source, process, BATCH, steps, seed, 3e-4, 20, STARTS[start]):
         p = out.routing.boundary_prob.detach()[:, 1:-1]
         share = out.routing.natural.float().mean().item()
         rows.append((share, torch.logit(p).std().item(), terms.mse.mean().item()))

@@ -11,12 +11,14 @@ used.
 """
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from trainer.randomness import rng
 
@@ -107,6 +109,17 @@ def write(to, per_class, size, seed):
                 part = file.with_suffix(".part")
                 Image.fromarray(scene(seed, label, number, size)).save(part, format="PNG")
                 part.replace(file)
+
+
+def prepared(folder, size, per_class=250):
+    """The scenes of that size as prepared data in `folder`, made once: its path."""
+    data, pictures = Path(folder) / f"scenes-{size}", Path(folder) / f"scenes-{size}-png"
+    if not (data / "manifest.json").is_file():
+        write(pictures, per_class, size, seed=0)
+        shape = ["--vae", "none", "--size", str(size), "--no-mirror"]
+        script = [sys.executable, str(ROOT / "trainer/prepare.py"), "images"]
+        subprocess.run([*script, str(pictures), "--to", str(data), *shape], check=True)
+    return str(data)
 
 
 def main():

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from model.teacache import TeaCache
 
 
+QUIET = 0.1  # weight of the backbone's last norm in `quiet_backbone`
+
+
 class DCDiTOutput(NamedTuple):
     """What a model returns: sample (B, C or 2C, H, W), and the routing of the batch (None for DiT). gates: what
     DyDiT's gates had open, None without them. reused (B,) bool: which images' backbone was left out by TeaCache, None
@@ -136,6 +139,18 @@ class DCDiT(Pretrained, nn.Module):
         config = self.config
         table = position_table(config.hidden_size, config.input_size, config.position_stride)
         self.pos_embed.copy_(table[None])
+
+    @torch.no_grad()
+    def quiet_backbone(self) -> None:
+        """Start with a residual branch that carries everything and a backbone that whispers: Xavier weights in
+        `residual_proj`, a tenth in the weight of the backbone's last norm.
+
+        With both as published (0 and 1) the backbone's tokens are at first the noise of neighbouring places, ten
+        times louder than the young residual branch. The fastest way to silence it is one large vector added to all
+        tokens, and under it they stay alike for thousands of steps (docs/results.md, benchmarks/backbone_start.py).
+        """
+        nn.init.xavier_uniform_(self.residual_proj.weight)
+        self.backbone.norm.weight.fill_(QUIET)
 
     @torch.no_grad()
     def calibrate_router(self, x: Tensor, t: Tensor, y: Tensor) -> float:

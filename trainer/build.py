@@ -62,7 +62,13 @@ def build_model(config: Config, manifest: Manifest) -> DCDiT | DiT:
     same weights under every engine and on every number of processes. Raises as ``model_config``."""
     sizes = model_config(config, manifest)
     torch.manual_seed(config.run.seed)
-    return DiT(sizes) if _is_baseline(config) else DCDiT(sizes)
+    if _is_baseline(config):
+        return DiT(sizes)
+    model = DCDiT(sizes)
+    # A pretrained backbone has something to say from the start, and is distilled at full volume.
+    if config.model.backbone_start == "quiet" and config.upcycle.teacher is None:
+        model.quiet_backbone()
+    return model
 
 
 def _is_baseline(config: Config) -> bool:
@@ -128,6 +134,7 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     fixed = ("model.", "diffusion.", "train.global_batch_size", "run.seed", "upcycle.freeze_embedders")
     free = (
         "model.router_start",
+        "model.backbone_start",
         "model.packing",
         "model.capacity_factor",
         "diffusion.time_sampling",

@@ -36,6 +36,7 @@ class ModelConfig:
     packing: str = "exact"
     capacity_factor: float = 1.25
     router_start: str = "calibrated"
+    backbone_start: str = "quiet"
     dydit: float | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -197,6 +198,7 @@ CHOICES = {
     "model.router": ("spatial", "cosine", "random"),
     "model.packing": ("exact", "capacity"),
     "model.router_start": ("calibrated", "released"),
+    "model.backbone_start": ("quiet", "published"),
     "diffusion.kind": ("gaussian", "flow"),
     "diffusion.t0_likelihood": ("image_bins", "gaussian"),
     "diffusion.time_sampling": ("uniform", "logit_normal"),

@@ -152,6 +152,21 @@ def test_the_start_is_the_one_of_the_paper():
     assert not model(*batch(model.config, 2)).sample.any()
 
 
+def test_a_quiet_backbone_is_far_below_the_residual_branch():
+    """At the start the decoder must hear each place's own residual, and its neighbour's token hardly."""
+    torch.manual_seed(0)
+    model = DCDiT(tiny_config())
+    model.quiet_backbone()
+    seen = {}
+    for name in ("backbone", "residual_proj"):
+        getattr(model, name).register_forward_hook(
+            lambda module, inputs, out, name=name: seen.update({name: out.square().mean().sqrt().item()})
+        )
+    model(*batch(model.config, 2))
+    assert seen["backbone"] == pytest.approx(0.1, rel=0.01)
+    assert seen["residual_proj"] == pytest.approx(1.0, rel=0.3) and not model.residual_proj.bias.any()
+
+
 def test_ratio_loss_moves_the_share_of_a_real_model():
     """A few steps on the ratio loss alone pull a saturated router back towards 1/N."""
     model = tiny_dcdit()
