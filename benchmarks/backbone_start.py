@@ -4,13 +4,14 @@
 
 ``published``: the residual branch at zero, the backbone's last norm with unit weight (DC-DiT v2; model/dcdit.py).
 ``released``: as the released code starts, adaLN and residual branch by Xavier. ``residual``: only the residual branch
-by Xavier. ``soft``: only the norm's weight at a tenth. ``quiet``: both, what ``DCDiT.quiet_backbone`` does. All see the same
-images and noise: DC-DiT-Ti, batch 16, AdamW 4e-4 after 40 steps of warm-up, on composed scenes of 16x16 pixels
-(benchmarks/scenes.py; made once).
+by Xavier. ``soft``: only the norm's weight at a tenth. ``quiet``: both, what ``DCDiT.quiet_backbone`` does. All see
+the same images and noise: DC-DiT-Ti, batch 16, AdamW 4e-4 after 40 steps of warm-up, on composed scenes of 16x16
+pixels (benchmarks/scenes.py; made once).
 
-Looked at on held-out images at three noise levels, with weights averaged over some hundred steps. "differ": the share of the
-backbone's output that varies from token to token. "worth": by how much the error grows when every token is given the
-mean of all, so what the backbone's tokens add; "dropped": by how much, when the tail drop leaves out six tenths of them.
+Looked at on held-out images at three noise levels, with weights averaged over some hundred steps. "differ": the share
+of the backbone's output that varies from token to token. "worth": by how much the error grows when every token is
+given the mean of all, so what the backbone's tokens add; "dropped": by how much, when the tail drop leaves out six
+tenths of them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ LR, BATCH, EMA_DECAY, DROP = 4e-4, 16, 0.99, 0.6
 
 
 def released(model):
-    """adaLN and residual branch by Xavier, as two slips in the released code leave them (checkpoints' facts, 3.1-3.2)."""
+    """adaLN and residual branch by Xavier, as the released code leaves them."""
     torch.nn.init.xavier_uniform_(model.residual_proj.weight)
     for module in model.modules():
         if isinstance(module, DiTBlock):
@@ -132,7 +133,9 @@ COLUMNS = (
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--starts", default="published,quiet", help=f"of {', '.join(STARTS)}")
     add("--steps", type=int, default=1500)

@@ -7,7 +7,7 @@ target; multi-budget after a quarter of --images, at its mean: the matching of D
 sweep` gives held-out error, Frechet distance (features that need no download) and FLOPs per picture, at several rho.
 Pictures: benchmarks/scenes.py, composed by rule, or --data.
 
-    python benchmarks/evidence.py [--images 9600] [--seeds 0,1,2] [--only dcdit,dit2] [--processes 2]
+    python benchmarks/evidence.py [--images 9600] [--seeds 0,1,2] [--only dcdit,dit2] [--processes 1] [--at-once 2]
         [--to runs/evidence] [--data DIR] [--set model.preset=DC-DiT-S ...]
         [--json FILE] [--markdown FILE] [--svg FILE] [--collect]
 """
@@ -18,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -91,8 +92,9 @@ def train(name, seed, args, manifest, folder):
         "run.dir": folder, "run.seed": seed, "run.name": f"{name}-{seed}", "train.total_images": images,
         "train.global_batch_size": args.batch, "train.tail_drop_after": args.images // 4,
     }  # fmt: skip
-    print(f"\n{name}, seed {seed}: {images} images", flush=True)
-    call(launcher(args) + ["trainer/train.py", "--config", RECIPE, *(f"{k}={v}" for k, v in keys.items())])
+    print(f"{name}, seed {seed}: {images:,} images", flush=True)
+    words = ["trainer/train.py", "--config", RECIPE, *(f"{k}={v}" for k, v in keys.items())]
+    call(launcher(args) + words, folder.with_suffix(".log"))
     (folder / "complete").write_text("")
 
 
@@ -101,12 +103,17 @@ def launcher(args):
     return ["-m", "torch.distributed.run", f"--nproc_per_node={args.processes}", "--standalone"]
 
 
-def call(command):
-    """Run Python on it from the root of the tree; its failure ends this command with its status."""
+def call(command, log):
+    """Run Python on it from the root of the tree, what it says added to `log`; its failure ends this command."""
     words = [sys.executable, *map(str, command)]
-    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as out:
+        done = subprocess.run(
+            words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=out, stderr=out
+        )
     if done.returncode:
-        raise SystemExit(done.returncode)
+        last = "\n".join(log.read_text().splitlines()[-12:])
+        raise SystemExit(f"{last}\n{command[-1]}: ended with {done.returncode}; the whole of it: {log}")
 
 
 def measure(name, args, folder):
@@ -119,7 +126,7 @@ def measure(name, args, folder):
         call([
             *launcher(args), "trainer/sweep.py", "--checkpoint", folder, "--number", args.pictures,
             "--steps", args.steps, "--method", "ddim", "--tail-drop", rhos, "--batch", 64, "--heldout", args.heldout,
-        ])  # fmt: skip
+        ], folder.with_suffix(".log"))  # fmt: skip
     return json.loads(file.read_text())["rows"]
 
 
@@ -135,12 +142,27 @@ def collect(args, manifest):
                    "training_images": images_of(name, args, manifest),
                    "training_tflops": cost(name, images_of(name, args, manifest), args, manifest) / 1e12,
                    "tail_drop": points[0]["tail_drop"]}  # fmt: skip
+            differ = [differing(folder) for _, folder in found]
+            row["differ"] = None if None in differ else statistics.mean(differ)
             for key in ("retained_share", "gflops_per_image", "heldout_mse", "frechet"):
                 values = [point[key] for point in points]
                 row[key] = statistics.mean(values)
                 row[f"{key}_spread"] = (max(values) - min(values)) / 2
             rows.append(row)
     return rows
+
+
+def evaluations(folder):
+    """The evaluation rows of a run's metrics, the one before training left out."""
+    file = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [row for row in rows if row.get("eval") and row["images"]]
+
+
+def differing(folder):
+    """`backbone_variation` at a run's end (trainer/heldout.py); None for a DiT."""
+    rows = evaluations(folder)
+    return rows[-1].get("backbone_variation") if rows else None
 
 
 def table(rows):
@@ -154,6 +176,7 @@ def table(rows):
         "GFLOPs a picture",
         "held-out mse",
         "Frechet",
+        "tokens differ",
     ]
     cells = [head]
     for row in rows:
@@ -165,16 +188,14 @@ def table(rows):
         cells.append([
             row["what"], f"{row['training_images']:,}", f"{row['training_tflops']:,.0f}", f"{row['tail_drop']:g}",
             f"{row['retained_share']:.1%}", f"{row['gflops_per_image']:.1f}", text("heldout_mse", ".4f"),
-            text("frechet", ".3f"),
+            text("frechet", ".3f"), "-" if row["differ"] is None else f"{row['differ']:.2g}",
         ])  # fmt: skip
     return cells
 
 
 def learning(name, args, manifest):
     """[(TFLOPs of training so far, held-out error)] of a run's first seed, from its metrics."""
-    file = Path(args.to) / f"{name}-{args.seeds[0]}" / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    rows = [row for row in rows if row.get("eval") and row["images"]]
+    rows = evaluations(Path(args.to) / f"{name}-{args.seeds[0]}")
     return [(cost(name, row["images"], args, manifest) / 1e12, row["heldout_mse"]) for row in rows]
 
 
@@ -212,7 +233,8 @@ def parse():
     add("--only", default=",".join(RUNS), metavar="RUN,..", help=f"of {', '.join(RUNS)}")
     add("--preset", default="DC-DiT-XS")
     add("--batch", type=int, default=16)
-    add("--processes", type=int, default=min(2, os.cpu_count() or 1), help="of each run")
+    add("--processes", type=int, default=1, help="of each run (default: 1)")
+    add("--at-once", type=int, default=os.cpu_count() or 1, metavar="N", help="runs (default: one a core)")
     add("--data", metavar="DIR", help="prepared data (default: scenes, made beside --to)")
     add("--size", type=int, default=16, help="of the scenes, pixels a side (default: 16)")
     add("--rhos", default="0,0.3,0.6")
@@ -235,10 +257,22 @@ def main():
     # The pair with several seeds first: a table of what is there is of use at any time.
     plan = [(name, seed) for seed in args.seeds for name in args.only if RUNS[name][2]]
     plan += [(name, args.seeds[0]) for name in args.only if not RUNS[name][2]]
-    for name, seed in [] if args.collect else plan:
+
+    def run(which):
+        name, seed = which
         folder = Path(args.to).resolve() / f"{name}-{seed}"
         train(name, seed, args, manifest, folder)
         measure(name, args, folder)
+        print(f"{name}, seed {seed}: done", flush=True)
+
+    with ThreadPoolExecutor(args.at_once) as pool:
+        jobs = [pool.submit(run, which) for which in ([] if args.collect else plan)]
+        for job in as_completed(jobs):
+            try:
+                job.result()
+            except BaseException:  # the runs under way go on to their next checkpoint; no other begins
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     rows, facts = collect(args, manifest), facts_of_this_run("benchmarks/evidence.py")
     chart = plot(rows, args, manifest) if args.svg else None
     print("\n" + headline(facts) + "\n" + plain_text(table(rows), left=1))

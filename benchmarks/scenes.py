@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.randomness import rng
 
+ROOT = Path(__file__).resolve().parents[1]
 FINE = 3  # drawn at this many times the size, then reduced by area
 OUTLINES = ("disc", "square", "triangle", "star", "ring", "cross", "wedge", "petals")
 FILLS = (  # of the object, of the background

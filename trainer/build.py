@@ -115,6 +115,12 @@ def learning_rate(config: Config, images: int) -> float:
     return config.optimizer.lr * (min(1.0, images / warmup) if warmup else 1.0)
 
 
+def backbone_share(config: Config, images: int) -> float:
+    """The backbone's learning rate over that of the rest: its own linear warm-up, a function of the position alone."""
+    warmup = config.optimizer.backbone_warmup_images
+    return min(1.0, images / warmup) if warmup else 1.0
+
+
 def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Compare the flat config of a checkpoint with the present one.
 
@@ -152,6 +158,12 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
                 f"{key}: {now[key]!r}, but the checkpoint was made with {before[key]!r}; "
                 "set it back, or start another run with another run.dir"
             )
+    key = "optimizer.backbone_warmup_images"
+    if bool(before[key]) != bool(now[key]):  # the optimizer's state is in other groups
+        raise UserError(
+            f"{key}: {now[key]}, but the checkpoint was made with {before[key]}; set it back, or start another run "
+            "with another run.dir"
+        )
     had, wanted = ema_names(before.get("ema.decay")), ema_names(now["ema.decay"])
     if not set(wanted) <= set(had):
         raise UserError(

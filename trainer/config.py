@@ -102,6 +102,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_images: int = 0
+    backbone_warmup_images: int = 0
     clip: float = 1.0
 
 
@@ -226,8 +227,9 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "data.num_workers", "data.max_errors", "train.ratio_weight", "train.tail_drop_after", "optimizer.weight_decay",
-    "optimizer.warmup_images", "run.seed", "eval.samples", "upcycle.distill_images", "upcycle.block_weight",
-    "upcycle.noise_weight", "upcycle.variance_weight", "upcycle.diffusion_weight", "upcycle.ratio_weight",
+    "optimizer.warmup_images", "optimizer.backbone_warmup_images", "run.seed", "eval.samples",
+    "upcycle.distill_images", "upcycle.block_weight", "upcycle.noise_weight", "upcycle.variance_weight",
+    "upcycle.diffusion_weight", "upcycle.ratio_weight",
 )  # fmt: skip
 
 

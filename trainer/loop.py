@@ -20,6 +20,7 @@ from model.errors import UserError
 from model.router import SpatialRouter
 from trainer import checkpoint, health, randomness
 from trainer.build import (
+    backbone_share,
     build_model,
     build_process,
     learning_rate,
@@ -157,7 +158,7 @@ class Trainer:
         after = self.position + config.train.global_batch_size
         lr = learning_rate(config, after)
         self.saver.staged()
-        norm = self.engine.step(lr)
+        norm = self.engine.step(lr, lr * backbone_share(config, after))
         self.engine.update_averages(self.decays)
         self.position = after
         self.bad.note(norm)

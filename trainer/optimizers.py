@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,10 +16,12 @@ if TYPE_CHECKING:
 APEX_SOURCE = "https://github.com/NVIDIA/apex (AMD: https://github.com/ROCm/apex)"
 
 
-def build_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer ``optimizer.name`` over those of ``parameters`` that are trained. Raises as ``check_optimizer``."""
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer ``optimizer.name`` over those parameters of ``model``, wrapped or not, that are trained: one group
+    of all, or with ``optimizer.backbone_warmup_images`` the backbone's as a second one (``set_rates``).
+    Raises as ``check_optimizer``."""
     check_optimizer(config)
-    o, parameters = config.optimizer, [p for p in parameters if p.requires_grad]
+    o, parameters = config.optimizer, parameter_groups(config, model)
     if o.name == "apex_fused_adam":
         from apex.optimizers import FusedAdam
 
@@ -41,6 +42,23 @@ def build_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch
     return torch.optim.AdamW(
         parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
     )
+
+
+def parameter_groups(config: Config, model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
+    """What is trained, as an optimizer takes it. A DiT, which has nothing beside its backbone, is one group."""
+    named = [(name.split("."), p) for name, p in model.named_parameters() if p.requires_grad]
+    beside = any("residual_proj" in path for path, _ in named)
+    if not config.optimizer.backbone_warmup_images or not beside:
+        return [{"params": [p for _, p in named]}]
+    return [
+        {"params": [p for path, p in named if ("backbone" in path) == inside]} for inside in (False, True)
+    ]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, backbone_lr: float) -> None:
+    """The learning rates of the next update, in the groups of ``parameter_groups``."""
+    for group, rate in zip(optimizer.param_groups, (lr, backbone_lr), strict=False):
+        group["lr"] = rate
 
 
 def check_optimizer(config: Config) -> None:

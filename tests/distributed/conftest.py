@@ -19,7 +19,8 @@ from trainer.metrics import read_rows
 SMALL = [
     "model.overrides={depth: 2}", "train.total_images=96", "train.global_batch_size=8", "train.precision=fp32",
     "train.tail_drop_after=32", "train.ratio_group=2", "optimizer.lr=1e-3", "optimizer.warmup_images=16",
-    "ema.decay=0.9", "eval.every=48", "eval.count=8", "eval.batch_size=4", "checkpoint.every=24", "log.every=1",
+    "optimizer.backbone_warmup_images=40", "ema.decay=0.9",
+    "eval.every=48", "eval.count=8", "eval.batch_size=4", "checkpoint.every=24", "log.every=1",
     "data.num_workers=0", "log.tensorboard=false",
 ]  # fmt: skip
 

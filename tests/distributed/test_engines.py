@@ -92,14 +92,29 @@ def test_a_checkpoint_goes_on_with_other_processes_and_engines(runs):
     assert runs.losses("handed-on") == pytest.approx(runs.losses("one"), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_deepspeed_checkpoint_goes_on_with_other_processes(runs, short, stage):
-    name, settings = f"zero{stage}-handed-on", ["parallel.engine=deepspeed", f"parallel.zero_stage={stage}"]
+ONE_GROUP = ["optimizer.backbone_warmup_images=0"]
+
+
+@pytest.mark.parametrize(("stage", "groups"), [(2, []), (3, ONE_GROUP)])
+def test_a_deepspeed_checkpoint_goes_on_with_other_processes(runs, short, stage, groups):
+    if groups:
+        runs.run("short-one-group", 1, "parallel.engine=ddp", *groups)
+        short = runs.losses("short-one-group")
+    settings = ["parallel.engine=deepspeed", f"parallel.zero_stage={stage}", *groups]
+    name = f"zero{stage}-handed-on"
     for processes, images in ((2, 48), (1, 72), (4, 96)):
         output = runs.run(name, processes, *settings, f"train.total_images={images}")
         assert ("resumed from" in output) == (images > 48)
     assert runs.losses(name) == pytest.approx(short, abs=TOLERANCE)
     assert not list((runs.folder / name / "checkpoints").glob(".*"))
+
+
+def test_zero_3_with_two_groups_goes_on_with_as_many_processes_only(runs):
+    settings = ["parallel.engine=deepspeed", "parallel.zero_stage=3"]
+    runs.run("zero3-groups", 2, *settings, "train.total_images=48")
+    output = runs.run("zero3-groups", 1, *settings, status=2)
+    assert "error: checkpoint" in output and "it goes on with 2 only" in output
+    assert "resumed from" in runs.run("zero3-groups", 2, *settings, "train.total_images=72")
 
 
 def test_deepspeed_refuses_what_it_cannot_go_on_from(runs):

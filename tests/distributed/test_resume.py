@@ -283,6 +283,8 @@ def test_a_model_that_changed_is_refused_and_a_learning_rate_is_taken(runs):
     runs.run("changed", 1, "train.total_images=24")
     output = runs.run("changed", 1, "model.target_ratio=8", status=2)
     assert "error: model.target_ratio: 8.0, but the checkpoint was made with 4.0" in output
+    output = runs.run("changed", 1, "optimizer.backbone_warmup_images=0", status=2)
+    assert "error: optimizer.backbone_warmup_images: 0, but the checkpoint was made with 40" in output
     output = runs.run("changed", 1, "train.total_images=48", "optimizer.lr=5e-4")
     assert "optimizer.lr: 0.001 -> 0.0005" in output
     assert runs.rows("changed")[-1]["lr"] == 5e-4

@@ -21,7 +21,9 @@ def built(manifest, *arguments):
 
 def test_the_backbone_starts_quietly_and_as_published_on_demand(manifest):
     quiet, published = (built(manifest, f"model.backbone_start={k}") for k in ("quiet", "published"))
-    assert torch.equal(quiet.backbone.norm.weight, torch.full((128,), 0.1)) and quiet.residual_proj.weight.any()
+    assert (
+        torch.equal(quiet.backbone.norm.weight, torch.full((128,), 0.1)) and quiet.residual_proj.weight.any()
+    )
     torch.manual_seed(0)
     for name, value in DCDiT(published.config).state_dict().items():
         assert torch.equal(value, published.state_dict()[name]), name

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from model import DCDiT, DiT, preset
 from model.errors import UserError
+from trainer.build import backbone_share
 from trainer.config import Config, load_config
-from trainer.optimizers import build_optimizer, check_optimizer
+from trainer.optimizers import build_optimizer, check_optimizer, parameter_groups, set_rates
 
 
 def asked(name: str, **parallel) -> Config:
@@ -20,8 +22,27 @@ def asked(name: str, **parallel) -> Config:
 
 
 def test_adamw_is_torchs_fused_one():
-    optimizer = build_optimizer(asked("adamw"), nn.Linear(2, 2).parameters())
+    optimizer = build_optimizer(asked("adamw"), nn.Linear(2, 2))
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
+
+
+def test_a_backbone_that_warms_up_by_itself_is_a_group_by_itself():
+    config = asked("adamw")
+    model, baseline = DCDiT(preset("DC-DiT-Ti", depth=1)), DiT(preset("DiT-Ti/2", depth=1))
+    assert len(parameter_groups(config, model)) == 1
+    config.optimizer.warmup_images, config.optimizer.backbone_warmup_images = 0, 100
+    model.t_embedder.requires_grad_(False)
+    optimizer = build_optimizer(config, nn.ModuleDict({"module": model}))  # as DDP names it
+    rest, backbone = (group["params"] for group in optimizer.param_groups)
+    assert {id(p) for p in backbone} == {id(p) for p in model.backbone.parameters()}
+    assert len(rest) + len(backbone) == sum(p.requires_grad for p in model.parameters())
+    for images, share in ((0, 0.0), (25, 0.25), (100, 1.0), (999, 1.0)):
+        assert backbone_share(config, images) == share
+    set_rates(optimizer, 0.5, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.125]
+    optimizer = build_optimizer(config, baseline)  # nothing beside its backbone: it follows the learning rate
+    set_rates(optimizer, 0.5, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5]
 
 
 def test_the_namesake_of_apex_is_not_taken_for_apex(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ from model.errors import UserError
 from trainer.checkpoint import read_state
 from trainer.config import Config
 from trainer.ema import lent_to
-from trainer.optimizers import build_optimizer
+from trainer.optimizers import build_optimizer, set_rates
 from trainer.parallel.apply import checkpoint_blocks, compile_blocks
 from trainer.parallel.engine import Engine
 from trainer.parallel.world import World
@@ -99,7 +99,7 @@ class DeepSpeed(Engine):
         self._prepare(model)
         # Names and shapes before ZeRO 3 takes the parameters apart.
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
-        optimizer = build_optimizer(config, model.parameters())
+        optimizer = build_optimizer(config, model)
         self.model, self.optimizer = self._initialize(model, optimizer)
         self.model.checkpoint_engine = self._writer()
         if self.stage == 3:
@@ -149,10 +149,9 @@ class DeepSpeed(Engine):
     def _backward(self, loss: torch.Tensor) -> None:
         self.model.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> torch.Tensor:
+    def step(self, lr: float, backbone_lr: float) -> torch.Tensor:
         """DeepSpeed clips, and leaves a step out by itself where the norm is not finite (it reads it on the host)."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rates(self.optimizer, lr, backbone_lr)
         self.model.step()
         norm = self.model.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device).detach().clone()
@@ -209,12 +208,19 @@ class DeepSpeed(Engine):
 
     def _load_resharded(self, checkpoint: Path) -> None:
         """DeepSpeed reads another number of processes only from its universal format: rank 0 converts, all load."""
+        wrote = read_state(checkpoint)["world_size"]
+        if self.stage == 3 and len(self.optimizer.param_groups) > 1:
+            # What DeepSpeed 0.19 converts from several groups loads without a word and trains to other losses.
+            raise UserError(
+                f"checkpoint {checkpoint}: written by {wrote} processes; under ZeRO 3 with "
+                f"optimizer.backbone_warmup_images it goes on with {wrote} only (parallel.engine=fsdp with any number)"
+            )
         target = Path(self.config.run.dir) / "checkpoints" / f".universal-{checkpoint.name}"
         problem = self.world.broadcast(self._convert(checkpoint, target) if self.world.main else None)
         if problem:
             raise UserError(
                 f"checkpoint {checkpoint}: DeepSpeed cannot convert it to {self.world.size} processes: {problem}; "
-                f"go on with the {read_state(checkpoint)['world_size']} that wrote it"
+                f"go on with the {wrote} that wrote it"
             )
         settings = self.model._config
         settings.load_universal_checkpoint = True

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from trainer.checkpoint import read_state
 from trainer.ema import HostUpdate, ema_names
-from trainer.optimizers import build_optimizer
+from trainer.optimizers import build_optimizer, set_rates
 from trainer.parallel.world import World
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Engine:
     def _backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def step(self, lr: float) -> torch.Tensor:
+    def step(self, lr: float, backbone_lr: float) -> torch.Tensor:
         """Clip to ``optimizer.clip``, update, clear the gradients. An update with a norm that is not finite is
         left out, on the device. Returns the norm before clipping, the same float32 scalar on every process."""
         raise TypeError(f"{type(self).__name__} is no engine")
@@ -128,7 +128,7 @@ class TorchEngine(Engine):
         super().__init__(config, world)
         self.model = self.wrap(model)
         self._wrap_averages(averages)
-        self.optimizer = build_optimizer(config, self.model.parameters())
+        self.optimizer = build_optimizer(config, self.model)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         raise TypeError(f"{type(self).__name__} is no engine")
@@ -136,10 +136,9 @@ class TorchEngine(Engine):
     def clip(self, max_norm: float) -> torch.Tensor:
         return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
-    def step(self, lr: float) -> torch.Tensor:
+    def step(self, lr: float, backbone_lr: float) -> torch.Tensor:
         norm = self.clip(self.config.optimizer.clip).detach()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rates(self.optimizer, lr, backbone_lr)
         if self.optimizer.defaults.get("fused"):
             # torch's fused AdamW looks at this flag on the device (gradient scalers use it): no read by the host.
             self.optimizer.found_inf = (~torch.isfinite(norm)).float()
