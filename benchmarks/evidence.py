@@ -7,7 +7,7 @@ target; multi-budget after a quarter of --images, at its mean: the matching of D
 sweep` gives held-out error, Frechet distance (features that need no download) and FLOPs per picture, at several rho.
 Pictures: benchmarks/scenes.py, composed by rule, or --data.
 
-    python benchmarks/evidence.py [--images 9600] [--seeds 0,1,2] [--only dcdit,dit2] [--processes 1] [--at-once 2]
+    python benchmarks/evidence.py [--images 20000] [--seeds 0,1,2] [--only dcdit,dit2] [--processes 1] [--at-once 2]
         [--to runs/evidence] [--data DIR] [--set model.preset=DC-DiT-S ...]
         [--json FILE] [--markdown FILE] [--svg FILE] [--collect]
 """
@@ -226,12 +226,12 @@ def parse():
     add(
         "--images",
         type=int,
-        default=9600,
-        help="that DC-DiT trains on; the others get as many FLOPs (default: 9600)",
+        default=20000,
+        help="that DC-DiT trains on; the others get as many FLOPs (default: 20000)",
     )
     add("--seeds", default="0,1,2", help="of the main pair; the others take the first (default: 0,1,2)")
     add("--only", default=",".join(RUNS), metavar="RUN,..", help=f"of {', '.join(RUNS)}")
-    add("--preset", default="DC-DiT-XS")
+    add("--preset", default="DC-DiT-Ti")
     add("--batch", type=int, default=16)
     add("--processes", type=int, default=1, help="of each run (default: 1)")
     add("--at-once", type=int, default=os.cpu_count() or 1, metavar="N", help="runs (default: one a core)")

@@ -55,9 +55,10 @@ def parameter_groups(config: Config, model: nn.Module) -> list[dict[str, list[nn
     ]
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, backbone_lr: float) -> None:
-    """The learning rates of the next update, in the groups of ``parameter_groups``."""
-    for group, rate in zip(optimizer.param_groups, (lr, backbone_lr), strict=False):
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, backbone_lr: float | None = None) -> None:
+    """The learning rates of the next update, in the groups of ``parameter_groups``; None: the same for all."""
+    rates = (lr, lr if backbone_lr is None else backbone_lr)
+    for group, rate in zip(optimizer.param_groups, rates, strict=False):
         group["lr"] = rate
 
 

@@ -149,7 +149,7 @@ class DeepSpeed(Engine):
     def _backward(self, loss: torch.Tensor) -> None:
         self.model.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float, backbone_lr: float) -> torch.Tensor:
+    def step(self, lr: float, backbone_lr: float | None = None) -> torch.Tensor:
         """DeepSpeed clips, and leaves a step out by itself where the norm is not finite (it reads it on the host)."""
         set_rates(self.optimizer, lr, backbone_lr)
         self.model.step()

@@ -62,9 +62,10 @@ class Engine:
     def _backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def step(self, lr: float, backbone_lr: float) -> torch.Tensor:
-        """Clip to ``optimizer.clip``, update, clear the gradients. An update with a norm that is not finite is
-        left out, on the device. Returns the norm before clipping, the same float32 scalar on every process."""
+    def step(self, lr: float, backbone_lr: float | None = None) -> torch.Tensor:
+        """Clip to ``optimizer.clip``, update by the rates of ``set_rates``, clear the gradients. An update with a norm
+        that is not finite is left out, on the device. Returns the norm before clipping, the same float32 scalar on
+        every process."""
         raise TypeError(f"{type(self).__name__} is no engine")
 
     @torch.no_grad()
@@ -136,7 +137,7 @@ class TorchEngine(Engine):
     def clip(self, max_norm: float) -> torch.Tensor:
         return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
-    def step(self, lr: float, backbone_lr: float) -> torch.Tensor:
+    def step(self, lr: float, backbone_lr: float | None = None) -> torch.Tensor:
         norm = self.clip(self.config.optimizer.clip).detach()
         set_rates(self.optimizer, lr, backbone_lr)
         if self.optimizer.defaults.get("fused"):
