@@ -11,7 +11,7 @@ pixels (benchmarks/scenes.py; made once).
 Looked at on held-out images at three noise levels, with weights averaged over some hundred steps. "differ": the share
 of the backbone's output that varies from token to token. "worth": by how much the error grows when every token is
 given the mean of all, so what the backbone's tokens add; "dropped": by how much, when the tail drop leaves out six
-tenths of them.
+tenths of them. "common" and "rest": length of the mean token, and of what differs from it, ahead of the norm.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Look:
 
     @torch.no_grad()
     def __call__(self, model, time_step):
-        """mse, worth and dropped (growth of the mse), differ, and kept (share) at one noise level."""
+        """mse, worth and dropped (growth of the mse), differ, kept (share), and the norms of the mean token and of the
+        differences from it ahead of the backbone's last norm, at one noise level."""
         t = torch.full((len(self.images),), time_step)
         x_t = self.process.add_noise(self.images, self.noise, t)
 
@@ -79,12 +80,17 @@ class Look:
             return self.process.losses(out.sample, self.images, x_t, self.noise, t).mse.mean().item(), out
 
         mse, out = error()
+        before = []
+        hook = model.backbone.norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
         with averaged(model.backbone) as had:
             alike, _ = error()
+        hook.remove()
+        common = before[0].mean(0)
         dropped, _ = error(tail_drop=DROP)
         return {
             "mse": mse, "worth": alike / mse - 1, "dropped": dropped / mse - 1, "differ": had[0].item(),
-            "kept": out.routing.natural.float().mean().item(),
+            "kept": out.routing.natural.float().mean().item(), "common": common.norm().item(),
+            "rest": (before[0] - common).square().sum(1).mean().sqrt().item(),
         }  # fmt: skip
 
 
@@ -112,14 +118,12 @@ def trace(start, args, marks):
 
 
 def table(found, marks):
-    """A row per start and mark, cells by noise level."""
-    head = ["start", "steps"]
-    for name, _ in COLUMNS:
-        head += [f"{name}, t = {TIMES[0]}", *map(str, TIMES[1:])]
-    cells = [head]
+    """A row per start, mark and noise level."""
+    cells = [["start", "steps", "t", *(name for name, _ in COLUMNS)]]
     for start, rows in found.items():
         for step, row in zip(marks, rows, strict=True):
-            cells.append([start, str(step)] + [form(row[t][key]) for key, form in COLUMNS for t in TIMES])
+            for t in TIMES:
+                cells.append([start, str(step), str(t)] + [form(row[t][key]) for key, form in COLUMNS])
     return cells
 
 
@@ -129,6 +133,8 @@ COLUMNS = (
     ("dropped", lambda v: f"{v:+.1%}"),
     ("differ", lambda v: f"{v:.0e}"),
     ("kept", lambda v: f"{v:.2f}"),
+    ("common", lambda v: f"{v:.0f}"),
+    ("rest", lambda v: f"{v:.0f}"),
 )
 
 

@@ -25,11 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import scenes
 from benchmarks.tables import add_outputs, facts_of_this_run, headline, markdown, plain_text, write_outputs
+from model.errors import UserError
 from model.flops import flops
 from trainer.build import model_config
 from trainer.charts import Series, line_chart, standalone
 from trainer.config import load_config
 from trainer.data.manifest import Manifest
+from trainer.signals import EXIT_BAD_INPUT
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "configs/recipe/evidence.yaml"
@@ -100,6 +102,8 @@ def train(name, seed, args, manifest, folder):
 
 def launcher(args):
     """What stands before a script that is to run in all processes."""
+    if args.processes == 1:
+        return []
     return ["-m", "torch.distributed.run", f"--nproc_per_node={args.processes}", "--standalone"]
 
 
@@ -112,8 +116,10 @@ def call(command, log):
             words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=out, stderr=out
         )
     if done.returncode:
-        last = "\n".join(log.read_text().splitlines()[-12:])
-        raise SystemExit(f"{last}\n{command[-1]}: ended with {done.returncode}; the whole of it: {log}")
+        lines = log.read_text().splitlines()
+        # Of several processes under torchrun the one line that says why stands above its own report.
+        last = "\n".join([line for line in lines if line.startswith("error")] or lines[-12:])
+        raise SystemExit(f"{last}\nended with {done.returncode}; the whole of it: {log}")
 
 
 def measure(name, args, folder):
@@ -280,4 +286,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import evidence, imbalance, router_texture, scenes
+from benchmarks import backbone_start, evidence, imbalance, router_texture, scenes
 from benchmarks.tables import add_outputs, command, markdown, place, plain_text, write_outputs
 from model import DCDiT, preset
 from trainer.data.manifest import Manifest
@@ -137,6 +137,48 @@ def test_evidence_is_collected_with_its_spread_over_seeds(plan, tmp_path):
     assert spent == pytest.approx([rows[0]["training_tflops"] * share for share in (spent[0] / spent[1], 1)])
     assert 0.25 < spent[0] / spent[1] < 0.35  # a quarter of the images, before multi-budget
     assert evidence.plot(rows, args, manifest).count("DC-DiT, N = 4") == 2
+
+
+@pytest.fixture(scope="module")
+def small_scenes(tmp_path_factory):
+    return scenes.prepared(tmp_path_factory.mktemp("scenes"), 16, per_class=4)
+
+
+def test_evidence_trains_measures_and_then_finds_its_work_done(small_scenes, tmp_path):
+    words = ["--only", "dcdit,dit2", "--seeds", "0", "--images", "32", "--pictures", "4", "--steps", "2",
+             "--heldout", "8", "--rhos", "0,0.5", "--data", small_scenes, "--to", str(tmp_path / "runs")]  # fmt: skip
+    command = [sys.executable, str(ROOT / "benchmarks/evidence.py"), *words, "--at-once", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(*more):
+        return subprocess.run(
+            [*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    first = run("--json", str(tmp_path / "x.json"))
+    assert first.returncode == 0, first.stderr
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [(row["run"], row["tail_drop"]) for row in rows] == [("dcdit", 0), ("dcdit", 0.5), ("dit2", 0)]
+    assert 0 < rows[0]["differ"] <= 1 and rows[2]["differ"] is None
+    assert rows[1]["gflops_per_image"] < rows[0]["gflops_per_image"]
+    before = (tmp_path / "runs/dcdit-0/metrics.jsonl").read_bytes()
+    again = run()
+    assert again.returncode == 0 and "images" not in again.stdout.split("model")[0], again.stdout
+    assert (tmp_path / "runs/dcdit-0/metrics.jsonl").read_bytes() == before
+    failed = run("--set", "optimizer.lr=-1")
+    assert failed.returncode == 2 and failed.stderr.startswith("error: optimizer.lr: must be above 0")
+    failed = run("--set", "ops.backend=triton", "--to", str(tmp_path / "other"))
+    assert failed.returncode == 1 and "ops_backend=triton" in failed.stderr and "-0.log" in failed.stderr
+
+
+def test_what_the_backbone_says_is_seen_while_it_learns(small_scenes):
+    args = argparse.Namespace(data=small_scenes, seed=0, preset="DC-DiT-Ti")
+    rows = backbone_start.trace("quiet", args, [1, 2])
+    assert len(rows) == 2 and set(rows[0]) == set(backbone_start.TIMES)
+    for seen in rows[-1].values():
+        assert 0 < seen["differ"] < 1 and seen["mse"] > 0.5 and 0.2 < seen["kept"] < 0.3
+    cells = backbone_start.table({"quiet": rows}, [1, 2])
+    assert len(cells) == 1 + 2 * 3 and all(len(line) == len(cells[0]) for line in cells)
 
 
 def test_imbalance_grows_with_ranks_and_less_when_stratified():
