@@ -39,12 +39,16 @@ RECIPE = "configs/recipe/evidence.yaml"
 RUNS = {
     "dcdit": ("DC-DiT, N = 4", {}, True),
     "dit2": ("DiT/2", {"model.preset": "{dit}/2"}, True),
+    "dit4": (
+        "DiT/4",
+        {"model.preset": "{dit}/4"},
+        False,
+    ),  # first of these: its many small steps take longest
     "n16": ("DC-DiT, N = 16", {"model.target_ratio": 16}, False),
     "random": ("boundaries by chance", {"model.router": "random"}, False),
     "one-budget": ("without multi-budget", {"train.tail_drop": "[0.0]"}, False),
     "unsmoothed": ("without smoothing", {"model.dechunk_sigma": 0.01}, False),
     "cosine": ("cosine router", {"model.router": "cosine"}, False),
-    "dit4": ("DiT/4", {"model.preset": "{dit}/4"}, False),  # last: its many small steps take longest
 }
 PLOTTED = ("dcdit", "dit2", "n16", "random", "cosine", "dit4")  # no more than there are colours
 

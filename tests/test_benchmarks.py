@@ -181,6 +181,26 @@ def test_what_the_backbone_says_is_seen_while_it_learns(small_scenes):
     assert len(cells) == 1 + 2 * 3 and all(len(line) == len(cells[0]) for line in cells)
 
 
+def test_evaluations_of_a_run_as_a_table(tmp_path):
+    routed = {"retained_share": 0.25, "share_by_time": [0.4, 0.2, 0.1], "backbone_variation": 0.031}
+    rows = [
+        {"eval": True, "images": n, "heldout_mse": 1 / (n + 1), "heldout_mse_raw": 0.5}
+        for n in range(0, 50, 10)
+    ]
+    rows[1:] = [row | routed for row in rows[1:]]
+    lines = [json.dumps(row) for row in [*rows, {"step": 1, "images": 32, "loss": 1.0}]]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    script = [sys.executable, str(ROOT / "benchmarks/evaluations.py"), str(tmp_path), "--most", "3"]
+    out = tmp_path / "x.md"
+    subprocess.run([*script, "--markdown", str(out)], check=True, capture_output=True)
+    cells = [line.split("|")[1:-1] for line in out.read_text().splitlines() if line.startswith("|")]
+    assert [line[0].strip() for line in cells[2:]] == ["0", "20", "40"]
+    assert [cell.strip() for cell in cells[3][3:]] == ["0.250", "0.400", "0.100", "3.1e-02"]
+    assert not cells[2][3].strip()
+    wrong = subprocess.run([*script[:2], str(tmp_path / "none")], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "no evaluation" in wrong.stderr
+
+
 def test_imbalance_grows_with_ranks_and_less_when_stratified():
     u = np.linspace(0, 1, 4000, endpoint=False)
     recorded = u, 300.0 - 200 * u
