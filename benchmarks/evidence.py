@@ -5,7 +5,9 @@ command may be killed at any moment and given again. The budget is what `dcdit` 
 run sees as many images as it can for as many FLOPs (model/flops.py; backward counted as two forwards; the router at its
 target; multi-budget after a quarter of --images, at its mean: the matching of DC-DiT v2 A.5). After training, `dcdit
 sweep` gives held-out error, Frechet distance (features that need no download) and FLOPs per picture, at several rho.
-Pictures: benchmarks/scenes.py, composed by rule, or --data.
+Pictures: benchmarks/scenes.py, composed by rule, or --data. "tokens differ": the share of the backbone's output that
+varies from token to token at the end; "mse, equal images": the error after as many images as `dcdit` sees, on the fewer
+held-out images of the trainer's own evaluation.
 
     python benchmarks/evidence.py [--images 20000] [--seeds 0,1,2] [--only dcdit,dit2] [--processes 1] [--at-once 2]
         [--to runs/evidence] [--data DIR] [--set model.preset=DC-DiT-S ...]
@@ -154,6 +156,8 @@ def collect(args, manifest):
                    "tail_drop": points[0]["tail_drop"]}  # fmt: skip
             differ = [differing(folder) for _, folder in found]
             row["differ"] = None if None in differ else statistics.mean(differ)
+            then = [error_at(folder, args.images) for _, folder in found]
+            row["error_at_images"] = None if None in then else statistics.mean(then)
             for key in ("retained_share", "gflops_per_image", "heldout_mse", "frechet"):
                 values = [point[key] for point in points]
                 row[key] = statistics.mean(values)
@@ -175,6 +179,15 @@ def differing(folder):
     return rows[-1].get("backbone_variation") if rows else None
 
 
+def error_at(folder, images):
+    """Held-out error of a run after `images` images, on the trainer's held-out images; None if it was not evaluated."""
+    return next((row["heldout_mse"] for row in evaluations(folder) if row["images"] == images), None)
+
+
+def optional(value, form):
+    return "-" if value is None else f"{value:{form}}"
+
+
 def table(rows):
     """Rows of text cells, the header first."""
     head = [
@@ -187,6 +200,7 @@ def table(rows):
         "held-out mse",
         "Frechet",
         "tokens differ",
+        "mse, equal images",
     ]
     cells = [head]
     for row in rows:
@@ -198,7 +212,7 @@ def table(rows):
         cells.append([
             row["what"], f"{row['training_images']:,}", f"{row['training_tflops']:,.0f}", f"{row['tail_drop']:g}",
             f"{row['retained_share']:.1%}", f"{row['gflops_per_image']:.1f}", text("heldout_mse", ".4f"),
-            text("frechet", ".3f"), "-" if row["differ"] is None else f"{row['differ']:.2g}",
+            text("frechet", ".3f"), optional(row["differ"], ".2g"), optional(row["error_at_images"], ".4f"),
         ])  # fmt: skip
     return cells
 

@@ -129,7 +129,7 @@ def test_evidence_is_collected_with_its_spread_over_seeds(plan, tmp_path):
     assert [row["frechet_spread"] for row in rows] == pytest.approx([0.02, 0.02, 0])
     cells = evidence.table(rows)
     assert len(cells) == 4 and all(len(line) == len(cells[0]) for line in cells)
-    assert cells[1][-3] == "0.0300 ± 0.0100" and cells[3][-3] == "0.0500"
+    assert cells[1][-4] == "0.0300 ± 0.0100" and cells[3][-4] == "0.0500"
     evals = [{"eval": True, "images": n, "heldout_mse": 1 / (n + 1)} for n in (0, 3200, 12800)]
     lines = [json.dumps(row) for row in [*evals, {"step": 1, "images": 32, "loss": 1.0}]]
     (tmp_path / "dcdit-0" / "metrics.jsonl").write_text("\n".join(lines))
