@@ -147,7 +147,7 @@ class DCDiT(Pretrained, nn.Module):
 
         With both as published (0 and 1) the backbone's tokens are at first the noise of neighbouring places, ten
         times louder than the young residual branch. The fastest way to silence it is one large vector added to all
-        tokens, and under it they stay alike for thousands of steps (docs/results.md, benchmarks/backbone_start.py).
+        tokens, and under it they stay alike for long (docs/results.md, benchmarks/backbone_start.py).
         """
         nn.init.xavier_uniform_(self.residual_proj.weight)
         self.backbone.norm.weight.fill_(QUIET)
