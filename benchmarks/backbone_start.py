@@ -1,6 +1,6 @@
 """How the backbone should start: whether its tokens come to say different things, and when, for several starts.
 
-    python benchmarks/backbone_start.py [--starts published,quiet] [--steps 600] [--data DIR] [--markdown FILE]
+    python benchmarks/backbone_start.py [--starts published,quiet] [--steps 300] [--data DIR] [--markdown FILE]
 
 ``published``: the residual branch at zero, the backbone's last norm with unit weight (DC-DiT v2; model/dcdit.py).
 ``released``: as the released code starts, adaLN and residual branch by Xavier. ``residual``: only the residual branch
@@ -144,8 +144,8 @@ def main():
     )
     add = parser.add_argument
     add("--starts", default="published,quiet", help=f"of {', '.join(STARTS)}")
-    add("--steps", type=int, default=600)
-    add("--looks", type=int, default=2, help="evenly over the steps")
+    add("--steps", type=int, default=300)
+    add("--looks", type=int, default=1, help="evenly over the steps")
     add("--preset", default="DC-DiT-Ti")
     add("--data", help="prepared pixels (default: scenes, made in runs/scenes-16)")
     add("--seed", type=int, default=0)
