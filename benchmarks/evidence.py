@@ -52,7 +52,7 @@ RUNS = {
     "unsmoothed": ("without smoothing", {"model.dechunk_sigma": 0.01}, False),
     "cosine": ("cosine router", {"model.router": "cosine"}, False),
 }
-PLOTTED = ("dcdit", "dit2", "n16", "random", "cosine", "dit4")  # no more than there are colours
+PLOTTED = ("dcdit", "dit2", "n16", "random", "one-budget", "dit4")  # no more than there are colours
 
 
 def keys_of(name, args):
