@@ -40,6 +40,17 @@ TIMES = (50, 200, 500)
 LR, BATCH, EMA_DECAY, DROP = 4e-4, 16, 0.99, 0.6
 
 
+COLUMNS = (
+    ("mse", lambda v: f"{v:.4f}"),
+    ("worth", lambda v: f"{v:+.1%}"),
+    ("dropped", lambda v: f"{v:+.1%}"),
+    ("differ", lambda v: f"{v:.0e}"),
+    ("kept", lambda v: f"{v:.2f}"),
+    ("common", lambda v: f"{v:.0f}"),
+    ("rest", lambda v: f"{v:.0f}"),
+)
+
+
 def released(model):
     """adaLN and residual branch by Xavier, as the released code leaves them."""
     torch.nn.init.xavier_uniform_(model.residual_proj.weight)
@@ -125,17 +136,6 @@ def table(found, marks):
             for t in TIMES:
                 cells.append([start, str(step), str(t)] + [form(row[t][key]) for key, form in COLUMNS])
     return cells
-
-
-COLUMNS = (
-    ("mse", lambda v: f"{v:.4f}"),
-    ("worth", lambda v: f"{v:+.1%}"),
-    ("dropped", lambda v: f"{v:+.1%}"),
-    ("differ", lambda v: f"{v:.0e}"),
-    ("kept", lambda v: f"{v:.2f}"),
-    ("common", lambda v: f"{v:.0f}"),
-    ("rest", lambda v: f"{v:.0f}"),
-)
 
 
 def main():

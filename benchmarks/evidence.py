@@ -33,6 +33,7 @@ from trainer.build import model_config
 from trainer.charts import Series, line_chart, standalone
 from trainer.config import load_config
 from trainer.data.manifest import Manifest
+from trainer.metrics import read_rows
 from trainer.signals import EXIT_BAD_INPUT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,9 +169,7 @@ def collect(args, manifest):
 
 def evaluations(folder):
     """The evaluation rows of a run's metrics, the one before training left out."""
-    file = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return [row for row in rows if row.get("eval") and row["images"]]
+    return [row for row in read_rows(folder) if row.get("eval") and row["images"]]
 
 
 def differing(folder):
@@ -294,7 +293,7 @@ def main():
         for job in as_completed(jobs):
             try:
                 job.result()
-            except BaseException:  # the runs under way go on to their next checkpoint; no other begins
+            except BaseException:  # the runs under way are finished; no other begins
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     rows, facts = collect(args, manifest), facts_of_this_run("benchmarks/evidence.py")
