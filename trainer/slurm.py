@@ -98,9 +98,7 @@ def stopped() -> None:
     """Called on every rank after a signal and its save. Asks Slurm to run the job again, unless our batch script
     (which does it itself, and works where containers hide ``scontrol``) is there."""
     if STATUS_FILE not in os.environ and os.environ.get("RANK", "0") == "0":
-        said = requeue()
-        if said:
-            print(said, flush=True)
+        requeue()
 
 
 def leave(status: int) -> int:
@@ -124,27 +122,32 @@ def _note(line: str) -> None:
         print(f"warning: {STATUS_FILE}: {error}", file=sys.stderr, flush=True)
 
 
-def requeue() -> str:
-    """``scontrol requeue`` of the batch job this process belongs to; one line that says what became of it, empty
-    outside of batch jobs. A job that was cancelled, or submitted with ``--no-requeue``, is left alone."""
+def requeue() -> None:
+    """``scontrol requeue`` of the batch job this process belongs to, and one line that says so; nothing outside of
+    batch jobs. A job that was cancelled, or submitted with ``--no-requeue``, is left alone, and the line says why."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or os.environ.get("DCDIT_REQUEUE", "1") == "0":
-        return ""
+        return
     if shutil.which("scontrol") is None:
-        return f"job {job} is not requeued: no scontrol here; submit it again to go on"
+        return _not_requeued(job, "no scontrol here")
     facts = _facts(job)
     if facts.get("BatchFlag", "0") == "0":
-        return ""
+        return
     # A cancelled job is COMPLETING, and Slurm would requeue it without a word: only those still running, or at the
     # end of their time, are meant to come back.
     if facts.get("JobState") != "RUNNING" and facts.get("Reason") != "TimeLimit":
-        return f"job {job} was cancelled and is not requeued; submit it again to go on"
+        return _not_requeued(job, "it was cancelled")
     if facts.get("Requeue") != "1":
-        return f"job {job} is not requeued: it was submitted without --requeue; submit it again to go on"
+        return _not_requeued(job, "it was submitted without --requeue")
+    # Said first: Slurm may end this process before scontrol has returned.
+    print(f"job {job}: asking Slurm to requeue it", flush=True)
     asked = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if asked.returncode != 0:
-        return f"job {job} is not requeued: {asked.stderr.strip()}; submit it again to go on"
-    return f"job {job} is requeued"
+        _not_requeued(job, asked.stderr.strip())
+
+
+def _not_requeued(job: str, why: str) -> None:
+    print(f"job {job} is not requeued: {why}; submit it again to go on", flush=True)
 
 
 def _facts(job: str) -> dict[str, str]:

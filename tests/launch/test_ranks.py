@@ -1,6 +1,7 @@
 """trainer/slurm.py: ranks from srun, and asking Slurm to run the job again."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -87,9 +88,9 @@ def job(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("facts", "said", "asked"),
     [
-        ("JobState=RUNNING Reason=None BatchFlag=1 Requeue=1", "job 7 is requeued", True),
-        ("JobState=COMPLETING Reason=TimeLimit BatchFlag=1 Requeue=1", "job 7 is requeued", True),
-        ("JobState=COMPLETING Reason=None BatchFlag=1 Requeue=1", "cancelled and is not requeued", False),
+        ("JobState=RUNNING Reason=None BatchFlag=1 Requeue=1", "asking Slurm to requeue it", True),
+        ("JobState=COMPLETING Reason=TimeLimit BatchFlag=1 Requeue=1", "asking Slurm to requeue it", True),
+        ("JobState=COMPLETING Reason=None BatchFlag=1 Requeue=1", "is not requeued: it was cancelled", False),
         ("JobState=RUNNING Reason=None BatchFlag=1 Requeue=0", "without --requeue", False),
         ("JobState=RUNNING Reason=None BatchFlag=0 Requeue=0", "", False),
     ],
@@ -100,6 +101,27 @@ def test_requeue(job, capsys, facts, said, asked):
     printed = capsys.readouterr().out
     assert said in printed and bool(printed) == bool(said)
     assert job.asked.exists() == asked
+
+
+def test_what_it_asks_is_said_before_slurm_ends_the_process(job, tmp_path):
+    job("JobState=RUNNING Reason=None BatchFlag=1 Requeue=1")
+    killing = (
+        'if [ "$1" = show ]; then echo "JobState=RUNNING BatchFlag=1 Requeue=1"; else kill -KILL $PPID; fi'
+    )
+    stub(tmp_path, "scontrol", killing)
+    body = "from trainer import slurm; slurm.stopped(); print('lives')"
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "job 7: asking Slurm to requeue it\n" and done.returncode == -signal.SIGKILL
+
+
+def test_a_refusal_of_slurm_is_passed_on(job, tmp_path, capsys):
+    job("")
+    refusing = (
+        'if [ "$1" = show ]; then echo "JobState=RUNNING BatchFlag=1 Requeue=1"; else echo no >&2; exit 1; fi'
+    )
+    stub(tmp_path, "scontrol", refusing)
+    slurm.stopped()
+    assert capsys.readouterr().out.endswith("job 7 is not requeued: no; submit it again to go on\n")
 
 
 def test_only_rank_0_asks_and_not_under_our_launcher(job, monkeypatch, tmp_path):

@@ -218,6 +218,8 @@ def test_train_sbatch_does_what_the_trainer_said(slurm, env, status, requeued):
     done = slurm("--config", "x", **env)
     assert done.returncode == status, done.stdout + done.stderr
     assert ("asked: requeue 7" in done.stdout) == requeued, done.stdout
+    if requeued:
+        assert done.stdout.index("asking Slurm to requeue") < done.stdout.index("asked: requeue 7")
 
 
 def test_train_sbatch_gives_up_after_failures_without_a_step_forward(slurm):

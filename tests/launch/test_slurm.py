@@ -104,7 +104,7 @@ def test_signalled_it_saves_is_requeued_and_ends_with_the_same_bits(jobs, whole)
     jobs.cluster.call("scancel", "--signal=USR1", "--batch", number)
     job = jobs.end("signalled", number, "COMPLETED")
     told = jobs.told("signalled", number)
-    assert job["Restarts"] == "1" and "requeued (stopped after SIGUSR1)" in told, told
+    assert job["Restarts"] == "1" and "asking Slurm to requeue (stopped after SIGUSR1)" in told, told
     assert "stopped at" in told and "resumed from" in told, told
     assert "Traceback" not in told, told
     assert (jobs.runs.folder / "logs" / number / "restart-1" / "node-1.log").exists()
@@ -123,7 +123,8 @@ def test_srun_without_torchrun_requeues_by_itself(jobs, whole, tmp_path):
     jobs.cluster.call("scancel", "--signal=USR1", number)
     job = jobs.end("own", number, "COMPLETED")
     told = jobs.told("own", number)
-    assert job["Restarts"] == "1" and f"job {number} is requeued" in told and "resumed from" in told, told
+    # What it prints about that may get lost with srun, which Slurm ends at once: test_ranks.py reads it.
+    assert job["Restarts"] == "1" and "resumed from" in told, told
     _same(jobs, whole, "own")
 
 
