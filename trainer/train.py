@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ if __name__ == "__main__":
 from model.errors import UserError
 from trainer import slurm
 from trainer.config import Config, flatten, load_config, save_config
+from trainer.run_lock import sole_writer
 from trainer.signals import EXIT_OK, EXIT_STOPPED, exit_status
 
 
@@ -70,7 +72,8 @@ def main(
                     "upcycle.teacher: not set; give a DiT: upcycle.teacher=DiT-XL-2-256x256.pt, or a run's folder"
                 )
             check(config, arguments.device)
-        return slurm.leave(run(config, arguments.device))
+        with sole_writer(Path(config.run.dir)) if rank == 0 else nullcontext():
+            return slurm.leave(run(config, arguments.device))
     except UserError as error:  # perhaps of this rank alone
         print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
         return slurm.leave(exit_status(error))

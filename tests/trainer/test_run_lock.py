@@ -1,0 +1,84 @@
+"""One trainer per run folder, however the one before it ended."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from model.errors import UserError
+from trainer import run_lock
+from trainer.run_lock import sole_writer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of tmp_path/run, with a child of its own that outlives it."""
+    body = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom trainer.run_lock import sole_writer\n"
+        "with sole_writer(Path(sys.argv[1])):\n"
+        "    if os.fork():\n        print(flush=True)\n    time.sleep(20)\n"
+    )
+    command = [sys.executable, "-c", body, str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    yield process
+    try:
+        os.killpg(process.pid, 9)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def test_a_second_trainer_is_refused_and_told_who_is_there(holder, tmp_path, capsys):
+    with pytest.raises(UserError) as refused, sole_writer(tmp_path / "run", wait=0.3):
+        pytest.fail("two hold it")
+    words = str(refused.value)
+    assert words.startswith(f"run.dir: {tmp_path / 'run'} is in use by process {holder.pid} on ")
+    assert str(tmp_path / "run" / ".lock") in words
+    assert "waiting 0 s" in capsys.readouterr().out
+
+
+def test_a_killed_trainer_s_folder_is_free_though_its_loader_lives(holder, tmp_path):
+    holder.kill()
+    holder.wait()
+    with sole_writer(tmp_path / "run", wait=0):
+        assert f"process {os.getpid()} on" in (tmp_path / "run" / ".lock").read_text()
+
+
+def test_one_on_its_way_out_is_waited_for(holder, tmp_path):
+    late = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -KILL {holder.pid}"])
+    begin = time.monotonic()
+    with sole_writer(tmp_path / "run", wait=20):
+        assert 0.3 < time.monotonic() - begin < 15
+    late.wait()
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    with sole_writer(tmp_path):
+        pass
+    assert "warning: run.dir:" in capsys.readouterr().err
+
+
+def test_the_trainer_leaves_a_run_in_use_as_it_is(holder, tmp_path, monkeypatch, capsys):
+    from trainer.prepare import main as prepare
+    from trainer.train import main
+
+    shards = tmp_path / "photos"
+    assert prepare(["photos", "--to", str(shards), "--samples-per-class", "4", "--size", "8"]) == 0
+    monkeypatch.setattr(run_lock, "WAIT", 0.0)
+    before = sorted((tmp_path / "run").rglob("*"))
+    command = ["--config", "configs/recipe/demo.yaml", f"data.path={shards}", f"run.dir={tmp_path / 'run'}"]
+    assert main(command) == 2
+    assert f"in use by process {holder.pid}" in capsys.readouterr().err
+    assert sorted((tmp_path / "run").rglob("*")) == before

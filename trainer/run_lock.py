@@ -1,0 +1,73 @@
+"""One trainer per run folder: two would mix their metrics and overwrite each other's checkpoints."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from model.errors import UserError
+from trainer.files import writing
+
+WAIT = 30.0  # seconds for one that is on its way out: a killed process whose node still has to notice
+
+
+@contextmanager
+def sole_writer(folder: Path, wait: float | None = None) -> Iterator[None]:
+    """Hold ``folder/.lock`` (made with the folder) while the body runs. The kernel frees it with the process, however
+    that ends, and network file systems with the node; loader processes do not inherit it.
+
+    Raises:
+        UserError: another process still has it after ``wait`` (``WAIT``) seconds, or the folder cannot be written.
+    """
+    with writing(folder, "run.dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    with file:
+        if _locked(file, folder, WAIT if wait is None else wait):
+            file.truncate(0)
+            file.write(_who())
+            file.flush()
+        yield
+
+
+def _locked(file: TextIO, folder: Path, wait: float) -> bool:
+    """False where the file system has no locks, and after a warning: a run without is better than none."""
+    deadline, waiting = time.monotonic() + wait, False
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                print(
+                    f"warning: run.dir: {folder} is on a file system without locks ({error.strerror}); see to it that "
+                    "no second trainer uses it",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return False
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        if time.monotonic() >= deadline:
+            raise UserError(
+                f"run.dir: {folder} is in use by {holder}; two trainers in one folder would overwrite each other's "
+                "checkpoints. Stop that one, or set another run.dir; if it is gone and its node left the lock behind, "
+                f"delete {folder / '.lock'}"
+            )
+        if not waiting:
+            print(f"run.dir: {folder} is in use by {holder}; waiting {wait:.0f} s for it to end", flush=True)
+            waiting = True
+        time.sleep(0.2)
+
+
+def _who() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"process {os.getpid()} on {socket.gethostname()}{f' (Slurm job {job})' if job else ''}\n"
