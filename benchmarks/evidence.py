@@ -5,12 +5,12 @@ command may be killed at any moment and given again. The budget is what `dcdit` 
 run sees as many images as it can for as many FLOPs (model/flops.py; backward counted as two forwards; the router at its
 target; multi-budget after a quarter of --images, at its mean: the matching of DC-DiT v2 A.5). After training, `dcdit
 sweep` gives held-out error, Frechet distance (features that need no download) and FLOPs per picture, at several rho.
-Pictures: benchmarks/scenes.py, composed by rule, or --data. "tokens differ": the share of the backbone's output that
-varies from token to token at the end; "mse, equal images": the error after as many images as `dcdit` sees, on the fewer
-held-out images of the trainer's own evaluation.
+Pictures: benchmarks/scenes.py, composed by rule, the embedded --photos, or --data. "tokens differ": the share of the
+backbone's output that varies from token to token at the end; "mse, equal images": the error after as many images as
+`dcdit` sees, on the fewer held-out images of the trainer's own evaluation.
 
     python benchmarks/evidence.py [--images 20000] [--seeds 0,1,2] [--only dcdit,dit2] [--processes 1] [--at-once 2]
-        [--to runs/evidence] [--data DIR] [--set model.preset=DC-DiT-S ...]
+        [--to runs/evidence] [--photos | --data DIR] [--set model.preset=DC-DiT-S ...]
         [--json FILE] [--markdown FILE] [--svg FILE] [--collect]
 """
 
@@ -33,6 +33,7 @@ from trainer.build import model_config
 from trainer.charts import Series, line_chart, standalone
 from trainer.config import load_config
 from trainer.data.manifest import Manifest
+from trainer.data.photos import write_photos
 from trainer.metrics import read_rows
 from trainer.signals import EXIT_BAD_INPUT
 
@@ -53,6 +54,7 @@ RUNS = {
     "unsmoothed": ("without smoothing", {"model.dechunk_sigma": 0.01}, False),
     "cosine": ("cosine router", {"model.router": "cosine"}, False),
 }
+PHOTOS_PER_CLASS = 800  # about as many pictures as scenes
 PLOTTED = ("dcdit", "dit2", "n16", "random", "one-budget", "dit4")  # no more than there are colours
 
 
@@ -237,7 +239,10 @@ def plot(rows, args, manifest):
 
 
 def prepare(args):
-    """The scenes, made once; the manifest of whatever data is used."""
+    """The scenes or photographs, made once; the manifest of whatever data is used."""
+    if args.photos:
+        args.data = Path(args.to).parent / f"photos-{args.size}"
+        write_photos(args.data, samples_per_class=PHOTOS_PER_CLASS, size=args.size)
     args.data = str(Path(args.data or scenes.prepared(Path(args.to).parent, args.size)).resolve())
     return Manifest.read(args.data)
 
@@ -245,7 +250,7 @@ def prepare(args):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--to", default="runs/evidence", metavar="DIR")
+    add("--to", metavar="DIR", help="default: runs/evidence, or runs/evidence-photos")
     add(
         "--images",
         type=int,
@@ -258,8 +263,12 @@ def parse():
     add("--batch", type=int, default=16)
     add("--processes", type=int, default=1, help="of each run (default: 1)")
     add("--at-once", type=int, default=os.cpu_count() or 1, metavar="N", help="runs (default: one a core)")
-    add("--data", metavar="DIR", help="prepared data (default: scenes, made beside --to)")
-    add("--size", type=int, default=16, help="of the scenes, pixels a side (default: 16)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--data", metavar="DIR", help="prepared data (default: scenes, made beside --to)")
+    which.add_argument(
+        "--photos", action="store_true", help="crops of the embedded photographs, made beside --to"
+    )
+    add("--size", type=int, default=16, help="of scenes and photographs, pixels a side (default: 16)")
     add("--rhos", default="0,0.3,0.6")
     add("--pictures", type=int, default=256, help="drawn at each rho (default: 256)")
     add("--steps", type=int, default=20, help="of DDIM (default: 20)")
@@ -268,6 +277,7 @@ def parse():
     add("--collect", action="store_true", help="only the table of what is there")
     add_outputs(parser, "--json", "--markdown", "--svg")
     args = parser.parse_args()
+    args.to = args.to or ("runs/evidence-photos" if args.photos else "runs/evidence")
     args.only, args.seeds = args.only.split(","), [int(seed) for seed in args.seeds.split(",")]
     if unknown := [name for name in args.only if name not in RUNS]:
         parser.error(f"--only {unknown[0]}: expected some of {', '.join(RUNS)}")
@@ -299,7 +309,13 @@ def main():
     rows, facts = collect(args, manifest), facts_of_this_run("benchmarks/evidence.py")
     chart = plot(rows, args, manifest) if args.svg else None
     print("\n" + headline(facts) + "\n" + plain_text(table(rows), left=1))
-    write_outputs(args, "evidence", markdown(table(rows), facts, left=1), facts | {"rows": rows}, chart)
+    write_outputs(
+        args,
+        "evidence-photos" if args.photos else "evidence",
+        markdown(table(rows), facts, left=1),
+        facts | {"rows": rows},
+        chart,
+    )
 
 
 if __name__ == "__main__":

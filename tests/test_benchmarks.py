@@ -139,6 +139,14 @@ def test_evidence_is_collected_with_its_spread_over_seeds(plan, tmp_path):
     assert evidence.plot(rows, args, manifest).count("DC-DiT, N = 4") == 2
 
 
+def test_evidence_makes_its_photographs_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "PHOTOS_PER_CLASS", 5)
+    for _ in range(2):
+        args = argparse.Namespace(photos=True, data=None, to=tmp_path / "runs", size=8)
+        manifest = evidence.prepare(args)
+        assert manifest.splits == {"train": 95, "heldout": 19} and args.data == str(tmp_path / "photos-8")
+
+
 @pytest.fixture(scope="module")
 def small_scenes(tmp_path_factory):
     return scenes.prepared(tmp_path_factory.mktemp("scenes"), 16, per_class=4)
