@@ -3,15 +3,15 @@
 The runs (RUNS below) are ordinary runs of trainer/train.py with a few keys changed, each in its own folder, so this
 command may be killed at any moment and given again. The budget is what `dcdit` takes for --images images; every other
 run sees as many images as it can for as many FLOPs (model/flops.py; backward counted as two forwards; the router at its
-target; multi-budget after a quarter of --images, at its mean: the matching of DC-DiT v2 A.5). After training, `dcdit
+target; multi-budget after a share of --images, at its mean: the matching of DC-DiT v2 A.5). After training, `dcdit
 sweep` gives held-out error, Frechet distance (features that need no download) and FLOPs per picture, at several rho.
 Pictures: benchmarks/scenes.py, composed by rule, the embedded --photos, or --data. "tokens differ": the share of the
 backbone's output that varies from token to token at the end; "mse, equal images": the error after as many images as
 `dcdit` sees, on the fewer held-out images of the trainer's own evaluation.
 
     python benchmarks/evidence.py [--images 20000] [--seeds 0,1,2] [--only dcdit,dit2] [--processes 1] [--at-once 2]
-        [--to runs/evidence] [--photos | --data DIR] [--set model.preset=DC-DiT-S ...]
-        [--json FILE] [--markdown FILE] [--svg FILE] [--collect]
+        [--name evidence] [--to runs/NAME] [--multi-budget-after 0.25] [--photos | --data DIR]
+        [--set model.preset=DC-DiT-S ...] [--json FILE] [--markdown FILE] [--svg FILE] [--collect]
 """
 
 import argparse
@@ -68,6 +68,11 @@ def keys_of(name, args):
     )
 
 
+def full_budget(args):
+    """How many images every run sees before multi-budget starts."""
+    return round(args.images * args.multi_budget_after)
+
+
 def per_image(name, args, manifest):
     """FLOPs of training on one image, three forwards: before multi-budget starts, and on average after."""
     config = load_config(ROOT / RECIPE, [f"{key}={value}" for key, value in keys_of(name, args).items()])
@@ -82,14 +87,14 @@ def per_image(name, args, manifest):
 def cost(name, images, args, manifest):
     """FLOPs of a whole run on `images` images."""
     first, later = per_image(name, args, manifest)
-    warm = min(images, args.images // 4)
+    warm = min(images, full_budget(args))
     return warm * first + (images - warm) * later
 
 
 def images_of(name, args, manifest):
     """How many images the budget pays for, in whole steps."""
     first, later = per_image(name, args, manifest)
-    budget, warm = cost("dcdit", args.images, args, manifest), args.images // 4
+    budget, warm = cost("dcdit", args.images, args, manifest), full_budget(args)
     images = budget / first if budget <= warm * first else warm + (budget - warm * first) / later
     return max(1, round(images / args.batch)) * args.batch
 
@@ -101,7 +106,7 @@ def train(name, seed, args, manifest, folder):
         return
     keys = keys_of(name, args) | {
         "run.dir": folder, "run.seed": seed, "run.name": f"{name}-{seed}", "train.total_images": images,
-        "train.global_batch_size": args.batch, "train.tail_drop_after": args.images // 4,
+        "train.global_batch_size": args.batch, "train.tail_drop_after": full_budget(args),
     }  # fmt: skip
     print(f"{name}, seed {seed}: {images:,} images", flush=True)
     words = ["trainer/train.py", "--config", RECIPE, *(f"{k}={v}" for k, v in keys.items())]
@@ -250,7 +255,8 @@ def prepare(args):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--to", metavar="DIR", help="default: runs/evidence, or runs/evidence-photos")
+    add("--name", help="of the table's place in --markdown (default: evidence, or evidence-photos)")
+    add("--to", metavar="DIR", help="default: runs/NAME")
     add(
         "--images",
         type=int,
@@ -259,6 +265,13 @@ def parse():
     )
     add("--seeds", default="0,1,2", help="of the main pair; the others take the first (default: 0,1,2)")
     add("--only", default=",".join(RUNS), metavar="RUN,..", help=f"of {', '.join(RUNS)}")
+    add(
+        "--multi-budget-after",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="of --images that are trained on with all tokens (default: 0.25)",
+    )
     add("--preset", default="DC-DiT-Ti")
     add("--batch", type=int, default=16)
     add("--processes", type=int, default=1, help="of each run (default: 1)")
@@ -277,7 +290,8 @@ def parse():
     add("--collect", action="store_true", help="only the table of what is there")
     add_outputs(parser, "--json", "--markdown", "--svg")
     args = parser.parse_args()
-    args.to = args.to or ("runs/evidence-photos" if args.photos else "runs/evidence")
+    args.name = args.name or ("evidence-photos" if args.photos else "evidence")
+    args.to = args.to or f"runs/{args.name}"
     args.only, args.seeds = args.only.split(","), [int(seed) for seed in args.seeds.split(",")]
     if unknown := [name for name in args.only if name not in RUNS]:
         parser.error(f"--only {unknown[0]}: expected some of {', '.join(RUNS)}")

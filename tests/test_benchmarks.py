@@ -88,7 +88,9 @@ def plan():
         kind="pixels", channels=3, height=32, width=32, class_names=names, splits={"train": 640, "heldout": 64},
         flip=None, source="scenes", recipe={},
     )  # fmt: skip
-    return argparse.Namespace(preset="DC-DiT-XS", data="x", set=[], images=12800, batch=32), manifest
+    return argparse.Namespace(
+        preset="DC-DiT-XS", data="x", set=[], images=12800, batch=32, multi_budget_after=0.25
+    ), manifest
 
 
 def test_every_run_of_the_evidence_costs_the_same(plan):
@@ -101,6 +103,8 @@ def test_every_run_of_the_evidence_costs_the_same(plan):
     assert evidence.images_of("dcdit", args, manifest) == 12800
     assert evidence.images_of("dit4", args, manifest) > evidence.images_of("n16", args, manifest) > 12800
     assert evidence.images_of("dit2", args, manifest) == pytest.approx(12800, rel=0.05)
+    args.multi_budget_after = 1.0  # dearer images
+    assert evidence.images_of("dit2", args, manifest) > 1.15 * 12800
 
 
 def test_evidence_is_collected_with_its_spread_over_seeds(plan, tmp_path):
