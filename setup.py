@@ -14,6 +14,13 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 MEND = "install torch first and a C++ compiler (g++), then `pip install --no-build-isolation -e .`"
+MEND_GPU = (
+    "give the nvcc or hipcc of the version torch was built with (CUDA_HOME, ROCM_HOME), then install again"
+)
+
+
+def brief(error):
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def import_torch():
@@ -51,8 +58,24 @@ def cuda_home(cpp):
     return os.path.realpath(top[1].strip()) if top else home
 
 
-def extension(cpp):
-    """The one extension: always the CPU kernels, the GPU ones where their compiler and sources are there."""
+def cuda_archs(home):
+    """The architectures to build for that nvcc knows: it need not be of the version torch was built with."""
+    try:
+        said = subprocess.run(
+            [os.path.join(home, "bin", "nvcc"), "--list-gpu-arch"], capture_output=True, text=True
+        )
+        known = [
+            arch
+            for arch in ("8.0", "9.0", "10.0")
+            if f"compute_{arch.replace('.', '')}" in said.stdout.split()
+        ]
+    except OSError:
+        known = []
+    return ";".join(known or ["8.0", "9.0"]) + "+PTX"
+
+
+def extension(cpp, gpu=True):
+    """The one extension: always the CPU kernels, the GPU ones where they are wanted and their compiler is there."""
     os.chdir(os.path.dirname(os.path.abspath(__file__)))
     sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
     depends = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.inl", recursive=True))
@@ -63,15 +86,15 @@ def extension(cpp):
     kind = cpp.CppExtension
     cuda, hip = version_of(cpp.torch.version.cuda), version_of(cpp.torch.version.hip)
     cpp.CUDA_HOME = cuda_home(cpp)
-    if (cpp.CUDA_HOME or cpp.ROCM_HOME) and (cuda or hip):
+    if gpu and (cpp.CUDA_HOME or cpp.ROCM_HOME) and (cuda or hip):
         kind = cpp.CUDAExtension
         sources += ["csrc/bindings_cuda.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))]
         flags["nvcc"] = ["-O3"]
         if not cpp.torch.cuda.is_available():  # else torch builds for the GPU that is there
-            # The last of each list only where the compiler knows it.
-            cuda_archs = "8.0;9.0;10.0+PTX" if cuda >= (12, 8) else "8.0;9.0+PTX"
+            if cuda and cpp.CUDA_HOME and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+                os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs(cpp.CUDA_HOME)
+            # The last only where the compiler knows it.
             hip_archs = "gfx90a;gfx942;gfx950" if hip >= (7,) else "gfx90a;gfx942"
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs)
             os.environ.setdefault("PYTORCH_ROCM_ARCH", hip_archs)
     return kind("model.ops._C", sources, depends=depends, extra_compile_args=flags)
 
@@ -81,7 +104,7 @@ def forgiving(base, cpp):
 
     class Build(base):
         def run(self):
-            torch_version, reason = None, "torch was not found while building"
+            torch_version, reason, gpu = None, "torch was not found while building", None
             inplace = self.inplace
             if cpp is not None:
                 torch_version = cpp.torch.__version__
@@ -89,18 +112,48 @@ def forgiving(base, cpp):
                 try:
                     if not shutil.which(compiler.split()[0]):
                         raise RuntimeError(f"the C++ compiler {compiler} was not found")
-                    super().run()
+                    gpu = self.build_with_or_without_gpu()
                     reason = None
                 except (Exception, SystemExit) as error:
-                    reason = " ".join(str(error).split())[:300] or type(error).__name__
+                    reason = brief(error)
             self.inplace = inplace  # a run that broke off leaves it changed
-            self.leave_note(torch_version, reason)
+            self.leave_note(torch_version, reason, gpu)
 
-        def leave_note(self, torch_version, reason):
+        def build_with_or_without_gpu(self):
+            """A GPU compiler that fails must not take the CPU kernels with it. Returns why the GPU ones are missing."""
+            before, (module,) = (self.inplace, self.compiler), self.extensions
+            with_gpu = any(source.endswith((".cu", ".hip")) for source in module.sources)
+            try:
+                super().run()
+            except (Exception, SystemExit) as error:
+                if not with_gpu:
+                    raise
+                self.inplace, self.compiler = before  # a run that broke off leaves them changed
+                plain = vars(
+                    extension(cpp, gpu=False)
+                )  # what setuptools has added to `module` begins with "_"
+                vars(module).update({key: value for key, value in plain.items() if not key.startswith("_")})
+                super().run()
+                warnings.warn(
+                    f"the GPU kernels were not built ({brief(error)}). Mend: {MEND_GPU}", stacklevel=1
+                )
+                return brief(error)
+            return None
+
+        def leave_note(self, torch_version, reason, gpu):
             target = self.get_ext_fullpath("model.ops._C")
             os.makedirs(os.path.dirname(target), exist_ok=True)
             with open(os.path.join(os.path.dirname(target), "_build.json"), "w") as file:
-                json.dump({"torch": torch_version, "reason": reason, "mend": MEND}, file)
+                json.dump(
+                    {
+                        "torch": torch_version,
+                        "reason": reason,
+                        "gpu": gpu,
+                        "mend": MEND,
+                        "mend_gpu": MEND_GPU,
+                    },
+                    file,
+                )
             if reason:
                 if os.path.exists(target):
                     os.remove(target)  # an older build would not match these sources

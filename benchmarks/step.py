@@ -47,9 +47,9 @@ from trainer.precision import autocast
 KINDS = ("eager", "capacity", "compiled", "compiled_capacity")
 PARTS = {
     "attention": ("attention", "flash", "varlen"),
-    "convolution": ("conv",),
+    "convolution": ("conv", "fprop", "dgrad", "wgrad", "cudnn"),
     "matrix products": ("linear", "mm", "gemm", "nvjet", "cutlass"),
-    "chunking and adaLN ops": ("dcdit::", "dcdit_"),
+    "chunking and adaLN ops": ("dcdit::", "dcdit_", "_modulate", "_add_gated"),
     "norms": ("norm",),
     "optimizer and EMA": ("_foreach", "fused_adam", "multi_tensor", "adam"),
 }

@@ -12,6 +12,7 @@ Backends, best first:
 """
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ from model.errors import UserError
 from model.ops.gather import MoveRows
 
 KERNELS = ("flash3", "flash2", "torch_varlen")  # in order of preference; sdpa is always there
+# The libraries' functions, once loaded: a plain lookup, since a compiler that meets an import breaks its graph.
+_KERNELS: dict[str, Callable] = {}
 
 INSTALL = {
     "flash3": "install flash-attention 3 (the hopper/ folder of the flash-attention sources)",
@@ -106,7 +109,9 @@ def attend(
     if spans is not None:
         cu_seqlens = spans
     q, k, v = qkv_T3NK.unbind(1)
-    kernel = _kernel(backend)
+    if backend not in _KERNELS:  # `choose` has loaded it before any compiled graph is made
+        _load(backend)
+    kernel = _KERNELS[backend]
     options = {}
     if backend != "torch_varlen" and torch.are_deterministic_algorithms_enabled():
         options["deterministic"] = True
@@ -162,13 +167,15 @@ def _judge(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
         return Choice(name, False, f"needs bf16 or fp16, not {str(dtype).removeprefix('torch.')}")
     if head_dim % 8 or head_dim > 256:
         return Choice(name, False, f"needs a head width that is a multiple of 8 up to 256, not {head_dim}")
-    problem = _problem(name, device.index if device.index is not None else torch.cuda.current_device())
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    problem = _problem(name, index, head_dim)
     return Choice(name, not problem, problem or f"{name} runs on {torch.cuda.get_device_name(device)}")
 
 
 @cache
-def _problem(name: str, device_index: int) -> str:
-    """Why `name` cannot run on that GPU, or "". Decided by importing it and running it once on 24 tokens."""
+def _problem(name: str, device_index: int, head_dim: int) -> str:
+    """Why `name` cannot run on that GPU at that head width, or "". Decided by importing it and running it once, forward
+    and backward, on 24 tokens: libraries are built without some widths, or without a backward."""
     if torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device_index)
         if name == "flash3" and capability[0] != 9:
@@ -178,27 +185,50 @@ def _problem(name: str, device_index: int) -> str:
     elif name == "flash3":
         return "runs on NVIDIA GPUs only"
     try:
-        _kernel(name)
-    except (ImportError, OSError, AttributeError) as error:
-        return f"cannot be imported ({error}): {INSTALL[name]}"
+        _load(name)
+    except Exception as error:  # a library built for another torch may fail in any way
+        return f"cannot be imported ({_brief(error)}): {INSTALL[name]}"
     try:
-        device = torch.device("cuda", device_index)
-        with torch.no_grad(), torch.autocast("cuda", enabled=False):
-            qkv = torch.linspace(-1, 1, 24 * 3 * 32, device=device).view(24, 3, 1, 32).to(torch.bfloat16)
-            cu_seqlens = torch.tensor([0, 10, 24], dtype=torch.int32, device=device)
-            error = (attend(qkv, cu_seqlens, 16, None, name) - _sdpa(qkv, (10, 14))).abs().max().item()
-    except Exception as error:  # a kernel may fail in any way of its own
-        return f"fails on this GPU ({' '.join(str(error).split())[:120]})"
-    return "" if error < 0.02 else f"gives wrong numbers on this GPU (off by {error:.2g})"
+        error = trial(name, torch.device("cuda", device_index), head_dim)
+    except Exception as problem:  # a kernel may fail in any way of its own
+        return f"fails on this GPU at head width {head_dim} ({_brief(problem)})"
+    return (
+        ""
+        if error < 0.02
+        else f"gives wrong numbers on this GPU at head width {head_dim} (off by {error:.2g})"
+    )
 
 
-@cache
-def _kernel(name: str):
-    """A library's varlen function: f(q, k, v, cu_q, cu_k, max_q, max_k). Raises ImportError if absent."""
+def trial(name: str, device: torch.device, head_dim: int) -> float:
+    """The largest error of a backend's output and gradients against sdpa on two sequences of 10 and 14 tokens in bf16,
+    as a share of the largest value of each."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        values = torch.linspace(-1, 1, 24 * 3 * head_dim, device=device).mul(97).sin()  # no two rows alike
+        values = values.view(24, 3, 1, head_dim).to(torch.bfloat16)
+        cu_seqlens = torch.tensor([0, 10, 24], dtype=torch.int32, device=device)
+        pairs = []
+        for run in (lambda x: attend(x, cu_seqlens, 16, None, name), lambda x: _sdpa(x, (10, 14))):
+            qkv = values.clone().requires_grad_()
+            out = run(qkv)
+            pairs.append((out, *torch.autograd.grad(out, qkv, values[:, 0])))
+        # Not a number is the largest error of all, and no comparison with it is true.
+        return max(
+            ((a - b).abs().max() / b.abs().max()).nan_to_num(torch.inf).item()
+            for a, b in zip(*pairs, strict=True)
+        )
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+def _load(name: str) -> None:
+    """Put a library's varlen function, f(q, k, v, cu_q, cu_k, max_q, max_k), in its place. Raises ImportError."""
     if name == "flash3":
-        return importlib.import_module("flash_attn_interface").flash_attn_varlen_func
-    if name == "flash2":
-        return importlib.import_module("flash_attn").flash_attn_varlen_func
-    # 2.10 takes is_causal after max_k, later releases only keywords; the first seven arguments and the
-    # default of full attention have not changed.
-    return importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        _KERNELS[name] = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
+    elif name == "flash2":
+        _KERNELS[name] = importlib.import_module("flash_attn").flash_attn_varlen_func
+    else:
+        # 2.10 takes is_causal after max_k, later releases only keywords; the first seven arguments and the
+        # default of full attention have not changed.
+        _KERNELS[name] = importlib.import_module("torch.nn.attention.varlen").varlen_attn

@@ -70,10 +70,11 @@ class PendingRead:
     def __init__(self, values: Tensor) -> None:
         self.host, self.event = values, None
         if values.is_cuda:
-            self.host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             self.host.copy_(values, non_blocking=True)
             self.event = torch.cuda.Event()
-            self.event.record()
+            # The copy runs on the stream of its own GPU, which need not be the current one.
+            self.event.record(torch.cuda.current_stream(values.device))
 
     def result(self) -> list[int]:
         if self.event is not None:

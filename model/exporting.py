@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from model import attention
 from model.errors import UserError
 
 MOST_IMAGES = 1024  # upper end of a dynamic batch
@@ -70,7 +71,7 @@ def export_step(
     """The model's step (`Step`) as an exported program, in eval mode, on the model's device.
 
     capacity: share of the grid that the packed batch has room for, in (0, 1]; None for `usual_capacity`. batch: images
-    of the example inputs, and of the program where it is not `dynamic` (1 to MOST_IMAGES). precision: "fp32", or "bf16"
+    of the program where it is not `dynamic` (1 to MOST_IMAGES). precision: "fp32", or "bf16"
     for bf16 autocast. Ops and attention are those of the config: native ops stay calls of `torch.ops.dcdit`, so a
     process that loads the program has to `import model` first.
     Raises UserError for numbers out of range, or a model with DyDiT's gates.
@@ -79,8 +80,8 @@ def export_step(
     capacity = usual_capacity(model.config) if capacity is None else capacity
     check_step(capacity, batch, dynamic)
     device = next(model.parameters()).device
-    # The tracer takes a dimension of size 1 for a constant.
-    images = max(batch, 2) if dynamic else batch
+    # The tracer takes a dimension of size 1 for a constant, also that of the few sequences that cover the padding.
+    images = max(batch, 16) if dynamic else batch
     inputs = (
         torch.zeros(images, model.config.in_channels, *model.config.input_size, device=device),
         torch.zeros(images, device=device),
@@ -91,6 +92,9 @@ def export_step(
     if dynamic:
         first = {0: torch.export.Dim("batch", min=1, max=MOST_IMAGES)}
         shapes = {name: first for name in ("x", "t", "y", "tail_drop")}
+    # Now, with real tensors: while exporting, the trial of a kernel would be traced.
+    config, dtype = model.config, torch.bfloat16 if precision == "bf16" else torch.float32
+    attention.choose(config.attention_backend, device, dtype, config.hidden_size // config.num_heads)
     was_training = model.training
     step = Step(model, capacity, precision).eval()
     try:

@@ -44,7 +44,7 @@ class TeaCache:
         self.model, self.threshold, self.config = model, threshold, model.config
         self.input: Tensor | None = None  # (rows, L, D) of the last call
         self.added: Tensor | None = None  # (rows, L, D) of the last computed one
-        self.change = torch.empty(0)  # (rows,) since then, on the CPU
+        self.change = torch.empty(0, device="cpu")  # (rows,) since then, on the CPU
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, tail_drop: float | Tensor = 0.0):
         return self.model(x, t, y, tail_drop=tail_drop, cache=self)
@@ -81,8 +81,8 @@ class TeaCache:
             before, now = self.input[:both].flatten(1), input_BLD[:both].flatten(1)
             self.change[:both] += ((now - before).abs().sum(1) / before.abs().sum(1)).float().cpu()
         self.input = _replaced(self.input, input_BLD)
-        self.change = torch.cat([self.change, torch.zeros(rows - both)])
-        reused = (self.change[:rows] < self.threshold) & (torch.arange(rows) < seen)
+        self.change = torch.cat([self.change, torch.zeros(rows - both, device="cpu")])
+        reused = (self.change[:rows] < self.threshold) & (torch.arange(rows, device="cpu") < seen)
         self.change[:rows][~reused] = 0.0
         return reused
 

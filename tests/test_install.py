@@ -21,6 +21,22 @@ echo '#$ _SPACE_= ' >&2
 echo '#$ TOP={top}/bin/..' >&2
 """
 
+BROKEN_NVCC = """#!/bin/sh
+case "$1" in
+    --version) echo 'Cuda compilation tools, release 12.8, V12.8.93' ;;
+    --list-gpu-arch) printf 'compute_80\\ncompute_90\\n' ;;
+    *) echo "$@" >> {log}; echo 'nvcc fatal: broken on purpose' >&2; exit 1 ;;
+esac
+"""
+# setup.py as on a machine whose torch was built for CUDA
+BUILD_FOR_CUDA = """
+import os, runpy, sys, torch
+import torch.utils.cpp_extension as cpp
+torch.version.cuda, cpp.CUDA_HOME = "12.8", os.environ["TOOLKIT"]
+sys.argv = ["setup.py", "-q", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
 USE = """
 import torch
 from model.errors import UserError
@@ -97,6 +113,28 @@ def test_a_library_for_another_torch_is_not_loaded(copy):
     assert "built for torch 1.0.0" in python(copy, "-c", show)
     (copy / "model/ops/_build.json").unlink()
     assert "does not load" in python(copy, "-c", show)
+
+
+def test_a_gpu_compiler_that_fails_leaves_the_cpu_kernels(copy):
+    """It is asked only for the architectures that it knows."""
+    toolkit = copy / "cuda"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "include").mkdir()
+    (toolkit / "include/cuda_runtime_api.h").touch()
+    nvcc = toolkit / "bin/nvcc"
+    nvcc.write_text(BROKEN_NVCC.format(log=copy / "asked"))
+    nvcc.chmod(0o755)
+    for source in (copy / "csrc/cpu").glob("*.cpp"):  # the bindings alone are quick to compile
+        source.unlink()
+    (copy / "csrc/bindings_cuda.cpp").write_text("")
+    output = python(copy, "-c", BUILD_FOR_CUDA, TOOLKIT=str(toolkit), MAX_JOBS="2", TORCH_CUDA_ARCH_LIST="")
+    asked = (copy / "asked").read_text()
+    assert "sm_80" in asked and "sm_90" in asked and "_100" not in asked
+    assert "the GPU kernels were not built" in output and (copy / LIBRARY).exists()
+    note = json.loads((copy / "model/ops/_build.json").read_text())
+    assert note["reason"] is None and "Error compiling" in note["gpu"]
+    show = "from model.ops import _native as n; n._REASON = None; print(n.why_not('select', 'cuda'))"
+    assert "its GPU kernels were not built" in python(copy, "-c", show)
 
 
 def test_cudas_home_is_behind_an_nvcc_that_is_a_script_elsewhere(tmp_path, monkeypatch):

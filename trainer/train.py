@@ -124,11 +124,22 @@ def _check_backends(config: Config, sizes: Any, device: str) -> None:
     import torch
 
     from model import attention, ops
-    from trainer.parallel.world import pick_device
+    from trainer.parallel.world import pick_device, rank_and_size
 
     own = pick_device(device)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    attention.choose(config.attention.backend, own, dtype, sizes.hidden_size // sizes.num_heads)
+    choice = attention.choose(config.attention.backend, own, dtype, sizes.hidden_size // sizes.num_heads)
+    if (
+        own.type == "cuda"
+        and choice.name == "sdpa"
+        and hasattr(sizes, "target_ratio")
+        and rank_and_size()[0] == 0
+    ):
+        print(
+            "warning: attention goes image by image on this GPU, several times slower than kernels for ragged batches: "
+            "set train.precision=bf16, or ask `dcdit doctor` why it uses none of flash3, flash2, torch_varlen",
+            flush=True,
+        )
     ops.resolve(config.ops.backend, own)
 
 

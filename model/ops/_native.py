@@ -84,7 +84,13 @@ def supports(op: str, device_type: str) -> bool:
 
 
 def why_not(op: str | None, device_type: str) -> str:
-    return reason() or f"the extension has no {op or 'op'} for {device_type} tensors"
+    if reason():
+        return reason()
+    lacking = f"the extension has no {op or 'op'} for {device_type} tensors"
+    note = _note()
+    if device_type == "cpu" or not note.get("gpu"):
+        return lacking
+    return f"{lacking}: its GPU kernels were not built ({note['gpu']}); {note['mend_gpu']}"
 
 
 def _register_fakes() -> None:

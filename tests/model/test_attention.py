@@ -2,6 +2,7 @@
 
 import sys
 import types
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,10 +67,11 @@ def pretend_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "pretend")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for cached in (attention._problem, attention._kernel, attention._choose):
+    monkeypatch.setattr(attention, "_KERNELS", {})
+    for cached in (attention._problem, attention._choose):
         cached.cache_clear()
     yield
-    for cached in (attention._problem, attention._kernel, attention._choose):
+    for cached in (attention._problem, attention._choose):
         cached.cache_clear()
 
 
@@ -147,3 +149,76 @@ def test_a_compiled_block_is_not_compiled_again_for_new_lengths():
             compiled.append(counter.frame_count)
     # Once for the first T, once more when T turns out to vary, never again.
     assert compiled[0] > 0 and len(set(compiled[1:])) == 1
+
+
+@pytest.fixture(scope="module")
+def varlen_on_cpu():
+    """torch's own varlen op with a CPU kernel, forward and backward: what surrounds it runs and compiles here."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch 2.10 or newer")
+
+    @varlen._varlen_attn.register_kernel("cpu")
+    def _(query, key, value, cu_seq_q, *_):
+        out = dense_reference(torch.stack([query, key, value], 1), cu_seq_q).to(query.dtype)
+        return out, query.new_zeros(query.shape[1::-1], dtype=torch.float), torch.zeros(2, dtype=torch.uint64)
+
+    @varlen._varlen_attn_backward.register_kernel("cpu")
+    def _(grad_out, query, key, value, out, lse, cu_seq_q, *_):
+        tensors = (query, key, value, grad_out)
+        grads = [
+            _gradients(*(x[a:b].double().transpose(0, 1) for x in tensors))
+            for a, b in pairwise(cu_seq_q.tolist())
+        ]
+        return tuple(torch.cat(few).to(query.dtype) for few in zip(*grads, strict=True))
+
+
+def _gradients(q, k, v, grad):
+    """Of softmax(q k' / sqrt(K)) v of one sequence, by hand (no autograd inside an op): (N, n, K) -> (n, N, K) each."""
+    p = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    dp = grad @ v.mT
+    ds = p * (dp - (dp * p).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
+    return [x.transpose(0, 1) for x in (ds @ k, ds.mT @ q, p.mT @ grad)]
+
+
+@pytest.mark.parametrize("head_dim", [32, 72])
+def test_the_trial_takes_a_right_kernel_and_no_wrong_one(varlen_on_cpu, monkeypatch, head_dim):
+    monkeypatch.setattr(attention, "_KERNELS", {})
+    device = torch.device("cpu")
+    assert attention.trial("torch_varlen", device, head_dim) < 0.02
+    right = attention._KERNELS["torch_varlen"]
+
+    class Halved(torch.autograd.Function):
+        """A right answer with a wrong gradient."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad / 2
+
+    def off_by_a_token(q, k, v, *rest):
+        return right(q, k, v.roll(1, 0), *rest)
+
+    wrong = [lambda *a: Halved.apply(right(*a)), off_by_a_token, lambda *a: right(*a) * torch.nan]
+    for kernel in wrong:
+        monkeypatch.setitem(attention._KERNELS, "torch_varlen", kernel)
+        assert attention.trial("torch_varlen", device, head_dim) > 0.1
+    with torch.inference_mode():  # sampling may be what asks first
+        monkeypatch.setitem(attention._KERNELS, "torch_varlen", right)
+        assert attention.trial("torch_varlen", device, head_dim) < 0.02
+
+
+def test_attention_through_a_library_is_one_compiled_graph(varlen_on_cpu, monkeypatch):
+    """As parallel.compile does it on a GPU: an import or a cache inside `attend` would break the graph."""
+    monkeypatch.setattr(attention, "_KERNELS", {})
+    attention.trial("torch_varlen", torch.device("cpu"), 8)  # what `choose` does on a GPU
+    compiled = torch.compile(attend, backend="aot_eager", dynamic=True, fullgraph=True)
+    for tokens in (11, 14, 23):
+        qkv = torch.randn(tokens, 3, 2, 8, requires_grad=True)
+        cu_seqlens = torch.tensor([0, 4, tokens], dtype=torch.int32)
+        got = compiled(qkv, cu_seqlens, 64, None, "torch_varlen")
+        want = dense_reference(qkv, cu_seqlens).float()
+        torch.testing.assert_close(got, want)
+        grads = [torch.autograd.grad(out.square().sum(), qkv)[0] for out in (got, want)]
+        torch.testing.assert_close(*grads)
