@@ -54,6 +54,12 @@ fi
 command -v "$PYTHON" >/dev/null || fail "PYTHON: $PYTHON is not there; run make setup or set PYTHON"
 NNODES=${NNODES:-1}
 found=$(gpus)
+# A node that has lost a GPU must not join as a smaller one, nor as one of CPUs: status 1, so that it is tried again.
+chosen=${NPROC:-}${CUDA_VISIBLE_DEVICES:-}${HIP_VISIBLE_DEVICES:-}${ROCR_VISIBLE_DEVICES:-}
+if [ -z "$chosen" ] && [[ ${SLURM_GPUS_ON_NODE:-} =~ ^[0-9]+$ ]] && [ "$found" -lt "$SLURM_GPUS_ON_NODE" ]; then
+    echo "error: $(uname -n) shows $found of the $SLURM_GPUS_ON_NODE GPUs that Slurm gave this job; drain the node" >&2
+    exit 1
+fi
 NPROC=${NPROC:-$((found > 0 ? found : 1))}
 for number in NNODES NPROC; do
     [[ ${!number} =~ ^[1-9][0-9]*$ ]] || fail "$number: ${!number} is not a number of at least 1"
@@ -84,7 +90,11 @@ if [ "$NNODES" -gt 1 ]; then
     conf="join_timeout=${JOIN_TIMEOUT:-900},read_timeout=120"
     if [ -n "${NODE_RANK:-}" ]; then conf+=",is_host=$((NODE_RANK == 0))"; fi
     options+=(--nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$HEAD:${PORT:-29400}"
-        --rdzv-id="${RUN_ID:-dcdit}" --rdzv-conf="$conf" --local-addr="$address")
+        --rdzv-id="${RUN_ID:-dcdit}" --rdzv-conf="$conf")
+    case $address in
+        127.* | ::1) ;; # HEAD's own name, which many systems send to the loopback: no use to the others
+        *) options+=(--local-addr="$address") ;;
+    esac
 else
     options+=(--standalone)
 fi

@@ -9,7 +9,11 @@ class UserError(ValueError):
     """
 
 
-class ProcessLost(UserError):
-    """No input is to blame: a process of ours was killed, as a rule by a system that ran out of memory. Training exits
-    with status 1, as after any crash, and launchers try it again.
+class TransientError(UserError):
+    """No input is to blame: a disk, a network or a GPU failed that may be back at the next try. Training exits with
+    status 1, as after any crash, and launchers try it again.
     """
+
+
+class ProcessLost(TransientError):
+    """A process of ours was killed, as a rule by a system that ran out of memory."""

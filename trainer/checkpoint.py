@@ -26,8 +26,9 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from model import DCDiT, DiT
-from model.errors import UserError
+from model.errors import TransientError, UserError
 from model.pretrained import save_weights
+from trainer.files import kind_of
 
 COMPLETE = "COMPLETE"
 EXPORT_FILES = ("model.safetensors", "config.json", "run.json")
@@ -103,10 +104,25 @@ def verify(checkpoint: Path) -> None:
             raise UserError(f"checkpoint {checkpoint}: {name} {what}; {_mend(checkpoint)}")
 
 
-def unreadable(checkpoint: Path, error: Exception) -> str:
-    """The message for files of the right size with wrong bytes in them."""
+def innermost(error: BaseException) -> BaseException:
+    """What lies at the bottom of torch's `CheckpointException`, which holds the errors of every rank."""
+    failures = getattr(error, "failures", None)
+    if not failures:
+        return error
+    wrapped = next(iter(failures.values()))
+    return innermost(wrapped[0] if isinstance(wrapped, tuple) else wrapped)
+
+
+def unreadable(checkpoint: Path, error: BaseException) -> UserError:
+    """The error for files that have their right size and cannot be read: the disk or network failed, which may pass, or
+    there are wrong bytes in them, and readers fail at those in many ways."""
+    cause = innermost(error)
     what = " ".join(str(error).split())[:160] or type(error).__name__
-    return f"checkpoint {checkpoint}: cannot be read ({what}); {_mend(checkpoint)}"
+    if isinstance(cause, OSError) and kind_of(cause) is TransientError:
+        return TransientError(
+            f"checkpoint {checkpoint}: cannot be read ({cause}); run the same command again"
+        )
+    return UserError(f"checkpoint {checkpoint}: cannot be read ({what}); {_mend(checkpoint)}")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

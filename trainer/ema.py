@@ -69,11 +69,16 @@ class HostUpdate:
             copied = torch.cuda.Event(blocking=True)  # the thread sleeps in synchronize()
             copied.record()
         shards = [[local(a) for a in average] for average in averages]
-        self._pending = self._thread.submit(self._mix, copied, shards, decays)
+        self._pending = self._thread.submit(self._mix, copied, weights[0].device, shards, decays)
 
     @torch.no_grad()
-    def _mix(self, copied: Any, averages: list[list[torch.Tensor]], decays: list[float]) -> None:
+    def _mix(
+        self, copied: Any, device: torch.device, averages: list[list[torch.Tensor]], decays: list[float]
+    ) -> None:
         if copied is not None:
+            torch.cuda.set_device(
+                device
+            )  # a thread begins on the node's first GPU, and would open a context there
             copied.synchronize()
         for average, decay in zip(averages, decays, strict=True):
             torch._foreach_lerp_(average, self._staged, 1.0 - decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from model.errors import TransientError, UserError
+
+# What stays until somebody mends it: the disk is full, a file is not there, or not ours.
+_LASTING = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+    errno.EFBIG, errno.ENAMETOOLONG,
+}  # fmt: skip
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without them
+
+
+def kind_of(error: BaseException) -> type[UserError]:
+    """The kind of error to raise for one of the system or of a library: `UserError` where it would come again,
+    `TransientError` where the next try may not meet it (a server that is away, a time-out, anything unknown)."""
+    if isinstance(error, UserError):
+        return TransientError if isinstance(error, TransientError) else UserError
+    lasting = isinstance(error, OSError) and error.errno in _LASTING
+    return UserError if lasting else TransientError
 
 
 def check_folder(folder: Path, flag: str) -> None:

@@ -338,8 +338,7 @@ class Trainer:
         except (Exception, CheckpointException) as error:
             if lost_others(error):  # not the files' fault: as any crash, it may be tried again
                 raise
-            # Right sizes, wrong bytes: readers fail in many ways.
-            raise UserError(checkpoint.unreadable(self.resume, error)) from error
+            raise checkpoint.unreadable(self.resume, error) from error
         return checkpoint.read_state(self.resume)
 
     def _build_model(self) -> torch.nn.Module:

@@ -71,6 +71,11 @@ def check_optimizer(config: Config) -> None:
     name = config.optimizer.name
     if name == "apex_fused_adam":
         _check_apex()
+        if config.parallel.engine == "fsdp":  # its kernels take addresses, which sharded tensors do not have
+            raise UserError(
+                "optimizer.name: apex_fused_adam does not know FSDP's sharded tensors; set parallel.engine=ddp or "
+                "deepspeed, or use adamw, which is fused too"
+            )
     elif name == "deepspeed_cpu_adam":
         if importlib.util.find_spec("deepspeed") is None:
             raise UserError(

@@ -24,8 +24,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from model.errors import UserError
 from trainer import checkpoint
+from trainer.checkpoint import innermost
 from trainer.config import Config
+from trainer.files import kind_of
 from trainer.parallel import Engine, World
 
 
@@ -124,7 +127,9 @@ class Saver:
             )
 
         # Whatever it is, the other ranks must not wait for this one for ever. Torch's own is no Exception.
-        return self.world.agree(work, (Exception, CheckpointException), words)
+        return self.world.agree(
+            work, (Exception, CheckpointException), words, lambda error: kind_of(innermost(error))
+        )
 
     def _finish(
         self, written: Future, own: Future | None, temporary: Path, final: Path, names: list[str],
@@ -148,10 +153,11 @@ class Saver:
     def _everyone(self, own: Future) -> None:
         """Until every process has written its own files. Runs in the thread, when the group is free again."""
         error = own.exception()
-        problems: list[str | None] = [None] * self.world.size
-        dist.all_gather_object(problems, _reason(error) if error else None, group=self.group)
-        for problem in filter(None, problems):
-            raise OSError(problem) from error
+        problems: list[tuple | None] = [None] * self.world.size
+        problem = (_reason(error), kind_of(innermost(error))) if error else None
+        dist.all_gather_object(problems, problem, group=self.group)
+        for reason, kind in filter(None, problems):
+            raise kind(reason) from error
 
 
 def _make_stager(device: str) -> Any:
@@ -175,11 +181,10 @@ def _fresh(folder: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line: `CheckpointException` holds those of every rank."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        wrapped = next(iter(failures.values()))
-        return _reason(wrapped[0] if isinstance(wrapped, tuple) else wrapped)
+    """The innermost cause in one line."""
+    error = innermost(error)
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, OSError) and error.errno is not None:
         return f"{os.strerror(error.errno)}" + (f" ({error.filename})" if error.filename else "")
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -23,9 +23,9 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 def exit_status(error: BaseException) -> int:
     """What training leaves with after ``error``."""
-    from model.errors import ProcessLost, UserError
+    from model.errors import TransientError, UserError
 
-    return EXIT_BAD_INPUT if isinstance(error, UserError) and not isinstance(error, ProcessLost) else 1
+    return EXIT_BAD_INPUT if isinstance(error, UserError) and not isinstance(error, TransientError) else 1
 
 
 class Stopped(Exception):

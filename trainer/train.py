@@ -97,13 +97,20 @@ def check(config: Config, device: str = "auto") -> None:
 
     engine(config.parallel.engine)
     check_optimizer(config)
-    micro_batch(config, rank_and_size()[1])
+    micro = micro_batch(config, rank_and_size()[1])
     check_wandb(config)
     process = build_process(config)
     for split in ("heldout", "train"):
         source = open_data(config.data, split)
     sizes = model_config(config, source.manifest)
     _check_backends(config, sizes, device)
+    group = min(config.train.ratio_group, config.train.global_batch_size)
+    if hasattr(sizes, "target_ratio") and micro % group and rank_and_size()[0] == 0:
+        print(
+            f"warning: train.ratio_group: micro-batches of {micro} images are not groups of {group}: the ratio loss is "
+            "averaged over fewer images, and so stricter than on fewer processes",
+            flush=True,
+        )
     if config.upcycle.teacher is not None:
         from trainer.upcycle import check_teacher
 

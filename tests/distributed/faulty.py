@@ -1,9 +1,9 @@
 """A trainer with a fault, on the last rank only, for the steps that begin at images FIRST up to LAST.
 
 nan:24-48 makes the loss NaN; inf-gradient:24-48 a gradient infinite under a finite loss; high:24-48 adds 100 to it;
-disk:24-48 lets that rank's disk run full while it writes its part of torch's checkpoint, own-disk:24-48 while it writes
-DeepSpeed's own files; ``store`` (of `dcdit sample`) while it keeps pictures that it drew. And no faults: ``mark``,
-RUN/evaluating exists while rank 0 evaluates; ``watch``, every rank says how many of the teacher's numbers are still in
+away:24-48 takes that rank's disk away, disk:24-48 lets it run full while it writes its part of torch's checkpoint,
+own-disk:24-48 while it writes DeepSpeed's own files; ``store`` (of `dcdit sample`) while it keeps pictures that it drew.
+And no faults: ``mark``, RUN/evaluating exists while rank 0 evaluates; ``watch``, every rank says how many of the teacher's numbers are still in
 memory once an upcycled run has let it go.
 """
 
@@ -26,7 +26,7 @@ def install(fault: str) -> None:
     KIND, _, span = fault.partition(":")
     FIRST, LAST = (int(number) for number in span.split("-")) if span else (0, 0)
     trainer.loop.Trainer = Faulty
-    if KIND == "disk":
+    if KIND in ("disk", "away"):
         torch.distributed.checkpoint.FileSystemWriter = FullDisk
     if KIND == "store" and os.environ["RANK"] != "0":
         from trainer.sampling.store import Store
@@ -45,7 +45,8 @@ class FullDisk(FileSystemWriter):
 
     def write_data(self, *args, **kwargs):
         if FullDisk.full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            number = errno.ESTALE if KIND == "away" else errno.ENOSPC
+            raise OSError(number, os.strerror(number))
         return super().write_data(*args, **kwargs)
 
 
@@ -74,7 +75,7 @@ class Faulty(trainer.loop.Trainer):
     def predict(self, model, batch, tail_drop):
         out, terms, t = super().predict(model, batch, tail_drop)
         last = self.world.rank == self.world.size - 1
-        FullDisk.full = KIND.endswith("disk") and last and FIRST <= self.position < LAST
+        FullDisk.full = KIND.endswith(("disk", "away")) and last and FIRST <= self.position < LAST
         if FIRST <= self.position < LAST and last and self.model.training:
             total = terms.total
             if KIND == "nan":

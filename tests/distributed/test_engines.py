@@ -10,6 +10,7 @@ from trainer.config import Config
 from trainer.ema import ema_copy
 from trainer.parallel import close_world, open_world
 from trainer.parallel.ddp import DDP, KEEP_BUFFERS
+from trainer.parallel.deepspeed import deepspeed_config
 from trainer.saver import Saver
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -177,3 +178,13 @@ def test_the_baseline_and_flow_matching_train_by_the_same_loop(runs):
     assert runs.rows("dit")[0]["tokens"] is None
     runs.run("flow", 2, "diffusion.kind=flow")
     assert runs.losses("flow")[-1] < 0.95 * runs.losses("flow")[0]
+
+
+@pytest.mark.parametrize(("stage", "off"), [(1, True), (2, True), (3, False)])
+def test_deepspeed_is_told_not_to_wait_for_the_device(stage, off):
+    """Its throughput timer would, at every forward; under ZeRO 3 nothing else orders its streams."""
+    from deepspeed.utils.config import get_timers_config
+
+    config = Config()
+    config.parallel.zero_stage = stage
+    assert get_timers_config(deepspeed_config(config, 1, 256)).enabled != off

@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,32 @@ def test_a_disk_that_runs_full_during_a_save_ends_the_run_with_one_line_and_lose
     assert runs.latest(name) == 24
     runs.run(name, 2, *ENGINES[engine])
     assert_same_bits(runs.state(whole(engine)), runs.state(name))
+
+
+def test_a_disk_that_goes_away_during_a_save_is_worth_another_try(runs, whole):
+    output = runs.run("away", 2, *ENGINES["fsdp"], fault="away:40-56", status=1)
+    assert "error: checkpoint: cannot write to" in output and "Traceback" not in output
+    runs.run("away", 2, *ENGINES["fsdp"])
+    assert_same_bits(runs.state("away"), runs.state(whole("fsdp")))
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero2"])
+def test_an_optimizer_s_new_settings_are_used_from_the_checkpoint_on(runs, engine):
+    """Weights that decay are smaller; the same command without a change goes on as before."""
+    name, settings = f"decay-{engine}", ENGINES[engine]
+    runs.run(name, 1, *settings, "train.total_images=24")
+    for other in ("same", "changed"):
+        shutil.copytree(runs.folder / name, runs.folder / f"{name}-{other}")
+    runs.run(f"{name}-same", 1, *settings, "train.total_images=48")
+    output = runs.run(f"{name}-changed", 1, *settings, "train.total_images=48", "optimizer.weight_decay=2.0")
+    assert "changed since the checkpoint: optimizer.weight_decay: 0.0 -> 2.0" in output
+    sums = [
+        sum(
+            w.double().square().sum() for k, w in runs.state(f"{name}-{other}", 48).items() if "backbone" in k
+        )
+        for other in ("same", "changed")
+    ]
+    assert sums[1] < 0.995 * sums[0]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(runs):

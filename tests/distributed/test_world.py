@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from model import attention
-from model.errors import UserError
+from model.errors import TransientError, UserError
 from tests.distributed.processes import CONTEXT, begin_server
 from trainer import train
 from trainer.config import Config
@@ -29,12 +29,21 @@ def four_gpus(monkeypatch):
     return chosen
 
 
-def test_backends_are_tried_on_the_process_s_own_device(four_gpus, monkeypatch):
+@pytest.mark.parametrize(("rank", "name"), [(7, "sdpa"), (0, "sdpa"), (0, "flash2")])
+def test_backends_are_tried_on_the_process_s_own_device(four_gpus, monkeypatch, capsys, rank, name):
+    """And rank 0 says where attention is the slow one."""
     asked = []
-    monkeypatch.setattr(attention, "choose", lambda backend, device, *_: asked.append((device, *four_gpus)))
-    sizes = type("Sizes", (), {"hidden_size": 64, "num_heads": 2})
+
+    def choose(backend, device, *_):
+        asked.append((device, *four_gpus))
+        return attention.Choice(name, True, "")
+
+    monkeypatch.setattr(attention, "choose", choose)
+    monkeypatch.setenv("RANK", str(rank))
+    sizes = type("Sizes", (), {"hidden_size": 64, "num_heads": 2, "target_ratio": 4.0})
     train._check_backends(Config(), sizes, "auto")
     assert asked == [(torch.device("cuda", 3), 3)]
+    assert ("image by image" in capsys.readouterr().out) == (rank == 0 and name == "sdpa")
 
 
 def test_devices(four_gpus, monkeypatch):
@@ -47,8 +56,41 @@ def test_devices(four_gpus, monkeypatch):
         world.pick_device("cuda")
 
 
+def test_a_gpu_that_was_given_and_is_gone_is_nobodys_input(four_gpus, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    with pytest.raises(TransientError, match="torch sees 4 of the 5 GPUs"):
+        world.pick_device()
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: False
+    )  # the driver is gone: no silent run on CPUs
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(TransientError, match="torch sees 0 of the 5 GPUs"):
+        world.pick_device()
+    assert world.pick_device("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert world.pick_device().type == "cpu"
+
+
+def test_nodes_without_their_gpus_are_named(monkeypatch):
+    here = world.World(0, 3, 0, torch.device("cuda", 0))
+    nodes = [("cuda", "n1"), ("cpu", "n2"), ("cuda", "n3")]
+    monkeypatch.setattr(here, "gather", lambda value: nodes)
+    with pytest.raises(TransientError, match="no GPU can be used on n2, "):
+        world._same_kind(here)
+    nodes[1] = ("cuda", "n2")
+    world._same_kind(here)
+
+
 @pytest.mark.parametrize(
-    ("error", "status"), [(UserError("bad"), EXIT_BAD_INPUT), (RuntimeError("worse"), 1), (None, None)]
+    ("error", "status"),
+    [
+        (TransientError("away"), 1),
+        (UserError("bad"), EXIT_BAD_INPUT),
+        (RuntimeError("worse"), 1),
+        (None, None),
+    ],
 )
 def test_after_an_error_nobody_waits_in_nccls_way_out(monkeypatch, error, status):
     monkeypatch.delenv("MASTER_ADDR", raising=False)

@@ -159,6 +159,21 @@ def test_torchrun_sh_refuses(env, message):
     assert done.returncode == 2 and message in done.stderr
 
 
+def test_a_node_that_lost_gpus_does_not_join_as_a_smaller_one():
+    env = {
+        name: "" for name in ("NPROC", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    }
+    done = run("launch/torchrun.sh", PYTHON=sys.executable, SLURM_GPUS_ON_NODE="1000", **env)
+    assert done.returncode == 1 and "of the 1000 GPUs that Slurm gave this job" in done.stderr
+
+
+def test_the_loopback_is_no_address_for_other_nodes(tmp_path):
+    """Where HEAD's own name leads to 127.0.0.1, torchrun is left to find a better one."""
+    stub(tmp_path, "python", f'if [ "$1" = - ]; then exec {sys.executable} "$@"; fi\necho "$@"')
+    done = run("launch/torchrun.sh", PYTHON=str(tmp_path / "python"), NPROC="1", NNODES="2", HEAD="127.0.1.1")
+    assert "--rdzv-endpoint=127.0.1.1:29400" in done.stdout and "--local-addr" not in done.stdout, done
+
+
 def test_the_trainer_tells_bad_input_and_help(tmp_path):
     status = tmp_path / "status"
     for arguments in (["--config", "configs/recipe/demo.yaml", "no.key=1"], ["--device", "moon"]):

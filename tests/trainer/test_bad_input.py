@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from trainer.train import main
+from trainer.config import load_config
+from trainer.train import check, main
 
 RECIPE = "configs/recipe/demo.yaml"
 
@@ -96,3 +97,15 @@ def test_wandb_online_without_a_key(capsys, shards, tmp_path, monkeypatch):
         capsys, "--config", RECIPE, f"data.path={shards}", f"run.dir={tmp_path / 'run'}", "log.wandb=online"
     )
     assert "log.wandb" in line and "WANDB_API_KEY" in line
+
+
+def test_a_ratio_loss_over_fewer_images_is_said(capsys, shards, tmp_path):
+    words = [
+        f"data.path={shards}",
+        f"run.dir={tmp_path}",
+        "train.global_batch_size=32",
+        "train.ratio_group=16",
+    ]
+    for micro, said in ((4, True), (16, False)):
+        check(load_config(RECIPE, [*words, f"train.micro_batch_size={micro}"]), "cpu")
+        assert ("train.ratio_group: micro-batches of 4 images" in capsys.readouterr().out) == said

@@ -1,6 +1,38 @@
 """Which checkpoints stay."""
 
-from trainer.checkpoint import COMPLETE, prune
+import errno
+from pathlib import Path
+
+import pytest
+from torch.distributed.checkpoint.api import CheckpointException
+
+from model.errors import TransientError, UserError
+from trainer.checkpoint import COMPLETE, prune, unreadable
+from trainer.files import kind_of
+from trainer.signals import exit_status
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), 1),
+        (OSError(errno.EIO, "Input/output error"), 1),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2),
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (UserError("data.path: wrong"), 2),
+        (TransientError("away"), 1),
+        (TimeoutError("no answer"), 1),
+    ],
+)
+def test_what_may_pass_is_tried_again_and_what_stays_is_not(error, status):
+    assert exit_status(kind_of(error)("text")) == status
+
+
+def test_a_checkpoint_whose_disk_is_away_is_not_called_damaged():
+    away = CheckpointException("read", {1: (OSError(errno.ESTALE, "Stale file handle"), None)})
+    assert isinstance(unreadable(Path("c"), away), TransientError)
+    wrong = unreadable(Path("c"), CheckpointException("read", {1: (ValueError("wrong bytes"), None)}))
+    assert type(wrong) is UserError and "wrong bytes" in str(wrong)
 
 
 def test_the_last_stay_and_the_first_to_reach_each_multiple(tmp_path):

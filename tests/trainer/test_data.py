@@ -1,5 +1,6 @@
 """Reading MDS data: manifest, source, damage, caches. Batches are in test_data_batches.py."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -16,8 +17,8 @@ import pytest
 import trainer.data.mds as mds
 import trainer.data.open as opening
 import trainer.data.source as sources
-from model.errors import UserError
-from trainer.data import Manifest, open_source
+from model.errors import TransientError, UserError
+from trainer.data import Manifest, open_source, train_loader
 
 REPO = Path(mds.__file__).parents[2]
 SHAPE = (2, 6, 5)
@@ -246,6 +247,20 @@ def test_corrupt_bytes_are_found_by_hash(tmp_path, compression):
     assert open_source(data)[0]["label"] == 0  # the other shards are fine
     message = fails("shard.00001.mds", data)
     assert "Checksum" in message or "xxh64" in message
+
+
+@pytest.mark.parametrize("what", ["_layout", "_decode"])
+def test_a_disk_that_fails_is_no_wrong_sample(data, monkeypatch, what):
+    """Not replaced by another, which a resumed run would not draw again; and worth another try."""
+
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    source = open_source(data)
+    monkeypatch.setattr(type(source), what, fails)
+    loader = train_loader(source, seed=0, global_batch_size=4, end_position=8, num_workers=0, max_errors=99)
+    with pytest.raises(TransientError, match="Input/output error.*the same command goes on"):
+        list(loader)
 
 
 def test_broken_index_and_unreachable_remote(data, tmp_path):

@@ -1,5 +1,6 @@
 """The cache's limit: whole shards go, longest unused first, and nobody reads a wrong one for it."""
 
+import errno
 import multiprocessing
 import os
 import time
@@ -39,6 +40,18 @@ def test_what_is_no_size(text):
 def test_sizes_in_words():
     assert [in_words(n) for n in (7, 12_345_678, 2 * 10**12)] == ["7b", "12.3mb", "2tb"]
     assert parse_size(in_words(12_300_000)) == 12_300_000
+
+
+def test_a_file_system_without_locks_is_said_with_the_way_out(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(cache.fcntl, "lockf", none)
+    with (
+        pytest.raises(UserError, match="data.cache: .* without locks .*own disk"),
+        cache.locked(str(tmp_path), 3),
+    ):
+        pytest.fail("held")
 
 
 def test_longest_unused_go_first(tmp_path):

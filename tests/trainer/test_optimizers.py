@@ -8,6 +8,7 @@ from torch import nn
 
 from model import DCDiT, DiT, preset
 from model.errors import UserError
+from trainer import optimizers
 from trainer.build import backbone_share
 from trainer.config import Config, load_config
 from trainer.optimizers import build_optimizer, check_optimizer, parameter_groups, set_rates
@@ -43,6 +44,13 @@ def test_a_backbone_that_warms_up_by_itself_is_a_group_by_itself():
     optimizer = build_optimizer(config, baseline)  # nothing beside its backbone: it follows the learning rate
     set_rates(optimizer, 0.5, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5]
+
+
+def test_apex_and_sharded_tensors_do_not_go_together(monkeypatch):
+    monkeypatch.setattr(optimizers, "_check_apex", lambda: None)
+    with pytest.raises(UserError, match="optimizer.name: apex_fused_adam .*parallel.engine=ddp"):
+        check_optimizer(asked("apex_fused_adam", engine="fsdp"))
+    check_optimizer(asked("apex_fused_adam", engine="ddp"))
 
 
 def test_the_namesake_of_apex_is_not_taken_for_apex(tmp_path, monkeypatch):

@@ -6,34 +6,42 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from model.errors import UserError
+from model.errors import TransientError, UserError
 from trainer import run_lock
 from trainer.run_lock import sole_writer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-@pytest.fixture
-def holder(tmp_path):
-    """Another process that holds the lock of tmp_path/run, with a child of its own that outlives it."""
+def hold(folder: Path) -> subprocess.Popen:
+    """Another process that holds the lock of `folder`, with a child of its own that outlives it."""
     body = (
         "import os, sys, time\nfrom pathlib import Path\nfrom trainer.run_lock import sole_writer\n"
         "with sole_writer(Path(sys.argv[1])):\n"
         "    if os.fork():\n        print(flush=True)\n    time.sleep(20)\n"
     )
-    command = [sys.executable, "-c", body, str(tmp_path / "run")]
+    command = [sys.executable, "-c", body, str(folder)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
     process.stdout.readline()
-    yield process
-    try:
+    return process
+
+
+def end(process: subprocess.Popen) -> None:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
-    except ProcessLookupError:
-        pass
     process.wait()
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = hold(tmp_path / "run")
+    yield process
+    end(process)
 
 
 def test_a_second_trainer_is_refused_and_told_who_is_there(holder, tmp_path, capsys):
@@ -58,6 +66,27 @@ def test_one_on_its_way_out_is_waited_for(holder, tmp_path):
     with sole_writer(tmp_path / "run", wait=20):
         assert 0.3 < time.monotonic() - begin < 15
     late.wait()
+
+
+@pytest.mark.parametrize("restart", ["0", "1"])
+def test_a_lock_of_the_same_slurm_job(tmp_path, monkeypatch, capsys, restart):
+    """Nobody is there to answer: an earlier attempt that hangs is tried again, a lost node's lock is passed by."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    process = hold(tmp_path / "run")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+    try:
+        if restart == "0":
+            with (
+                pytest.raises(TransientError, match="Slurm job 4711, restart 0"),
+                sole_writer(tmp_path / "run", 0.2),
+            ):
+                pytest.fail("two hold it")
+        else:
+            with sole_writer(tmp_path / "run", wait=0.2):
+                assert "going on without the lock" in capsys.readouterr().err
+    finally:
+        end(process)
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):

@@ -24,6 +24,7 @@ from trainer import randomness
 from trainer.data.cache import in_words
 from trainer.data.mix import Mix
 from trainer.data.source import Source, Unreadable
+from trainer.files import kind_of
 
 Batch = dict[str, torch.Tensor]
 STOP_GRACE = 300  # seconds a worker goes on after SIGTERM
@@ -188,6 +189,7 @@ class _Failure:
     """An error on its way from a worker: an exception would arrive wrapped in the worker's traceback."""
 
     message: str
+    kind: type[UserError]
 
 
 class _MicroBatches(Dataset):
@@ -249,7 +251,7 @@ class _MicroBatches(Dataset):
         try:
             return self.batch(self.positions(k))
         except UserError as error:
-            return _Failure(str(error))
+            return _Failure(str(error), kind_of(error))
 
     def batch(self, positions: np.ndarray) -> Batch:
         """The batch at `positions`, as the module's callers see it."""
@@ -295,7 +297,7 @@ class _Loader(DataLoader):
         try:
             for batch in super().__iter__():
                 if isinstance(batch, _Failure):
-                    raise UserError(batch.message)
+                    raise batch.kind(batch.message)
                 tally.take(batch.pop(REPLACED, ()))
                 yield batch
         except RuntimeError as error:

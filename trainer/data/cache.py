@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from model.errors import UserError
+from trainer.files import NO_LOCKS
 
 INDEX_LOCK = LIMIT_LOCK = 1 << 30  # a number above those of shards; each in a folder of its own
 TOUCH_SECONDS = 5.0  # how often the use of a shard is noted
@@ -38,7 +39,15 @@ def _held(folder: str, number: int):
     os.makedirs(folder, exist_ok=True)
     file = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX, 1, number)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, number)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise UserError(
+                f"data.cache: {folder} is on a file system without locks ({error.strerror}), so the processes of a "
+                "node cannot share it; set data.cache to a folder on the node's own disk"
+            ) from None
         yield
     finally:
         os.close(file)

@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from model.errors import UserError
+from model.errors import TransientError, UserError
 from trainer.data.cache import Limit, locked
 from trainer.data.manifest import Manifest
+from trainer.files import kind_of
 
 OPEN_FILES = 256  # shard files a process keeps open for each source
+AGAIN = "if the disk or network failed, the same command goes on from the last checkpoint"
 TRIES = 20  # fetches of a shard that others remove meanwhile
 
 
@@ -152,11 +154,11 @@ class Source(ABC):
             return self._decode(number, place, file, layout)
         except (ValueError, IndexError, KeyError, OSError) as error:
             what = " ".join(str(error).split()) or type(error).__name__
-            kind = UserError if isinstance(error, OSError) else Unreadable  # a disk that fails may come back
-            raise kind(
-                f"data {self.location}: sample {place} of {self.split}/{self._raw(number)[0]} cannot be read "
-                f"({what}): prepare or fetch the data again"
-            ) from error
+            where = f"data {self.location}: sample {place} of {self.split}/{self._raw(number)[0]}"
+            which = f"{where} cannot be read ({what})"
+            if isinstance(error, OSError):
+                raise kind_of(error)(f"{which}: {AGAIN}") from error
+            raise Unreadable(f"{which}: prepare or fetch the data again") from error
 
     def read(self, indices) -> dict[str, np.ndarray]:
         """The samples `indices`, each column stacked: image (n, C, H, W) uint8, label (n,) int64, ..."""
@@ -183,15 +185,18 @@ class Source(ABC):
             self._files[number] = file, self._layout(number, file)
         except (ValueError, KeyError, OSError) as error:
             os.close(file)
-            raise self._unreadable(number, str(error)) from error
+            # A disk that fails may come back: no reason to go on with another sample, or a resumed run draws others.
+            kind = kind_of(error) if isinstance(error, OSError) else Unreadable
+            raise self._unreadable(number, str(error), kind) from error
         if len(self._files) > OPEN_FILES:
             os.close(self._files.popitem(last=False)[1][0])
         return self._files[number]
 
     def _unreadable(self, number: int, damage: str, kind: type[UserError] = Unreadable) -> UserError:
+        passing = issubclass(kind, TransientError)
+        mend = AGAIN if passing else "copy the data set again or prepare it again"
         return kind(
-            f"data {self.location}: shard {self.split}/{self._raw(number)[0]}: {' '.join(damage.split())}: "
-            "copy the data set again or prepare it again"
+            f"data {self.location}: shard {self.split}/{self._raw(number)[0]}: {' '.join(damage.split())}: {mend}"
         )
 
     def _open(self, number: int) -> int:
@@ -208,7 +213,7 @@ class Source(ABC):
         except UserError:
             raise
         except Exception as error:  # the downloaders raise what their cloud's library raises
-            raise self._unreadable(number, str(error) or type(error).__name__, UserError) from error
+            raise self._unreadable(number, str(error) or type(error).__name__, kind_of(error)) from error
         if file is None:
             self._damaged[number] = damage
             raise self._unreadable(number, damage)

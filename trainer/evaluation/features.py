@@ -87,8 +87,13 @@ def _exact():
     covariances; the same algorithms every time."""
     flags = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     off = [torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda")]
-    with torch.backends.cudnn.flags(**flags), off[0], off[1]:
-        yield
+    products, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    products.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(**flags), off[0], off[1]:
+            yield
+    finally:
+        products.allow_tf32 = before
 
 
 def load(name: str, path: str | Path | None = None, device: torch.device | str = "cpu") -> FeatureSet:

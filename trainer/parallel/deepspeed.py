@@ -65,6 +65,11 @@ def deepspeed_config(config: Config, world_size: int, micro: int) -> dict[str, A
     zero: dict[str, Any] = {"stage": config.parallel.zero_stage, "overlap_comm": torch.cuda.is_available()}
     if config.parallel.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    timers = {}
+    if config.parallel.zero_stage < 3:
+        # DeepSpeed's own throughput timer waits for the device in every forward; the progress line has ours. Not under
+        # ZeRO 3: there these waits alone order an update before the gathering, on another stream, that reads it.
+        timers = {"timers": {"throughput": {"enabled": False}}}
     if config.parallel.zero_stage == 3:
         # Whole copies kept of small weights would go stale in an EMA copy, which is updated by its partitions.
         zero |= {"stage3_param_persistence_threshold": 0}
@@ -77,6 +82,7 @@ def deepspeed_config(config: Config, world_size: int, micro: int) -> dict[str, A
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,  # the progress line is ours
+        **timers,
     }
     if config.train.precision == "bf16":
         # No module whose weights and gradients travel in bf16: gathered and reduced in fp32.
@@ -191,7 +197,7 @@ class DeepSpeed(Engine):
         self.model.save_checkpoint(str(folder / FOLDER), tag=TAG)
         return self.model.checkpoint_engine.collect()
 
-    def load(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
+    def _load(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
         if read_state(checkpoint)["world_size"] == self.world.size:
             self._load_own(checkpoint / FOLDER)
         else:

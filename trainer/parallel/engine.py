@@ -28,6 +28,8 @@ from trainer.parallel.world import World
 if TYPE_CHECKING:
     from trainer.config import Config
 
+SETTINGS = ("betas", "eps", "weight_decay")  # of an optimizer's group; every step sets the learning rate
+
 
 class Engine:
     """The model that trains, its averages and its optimizer, spread over the processes one way or another.
@@ -116,7 +118,14 @@ class Engine:
         calls it. Returns when that is written, None where there is nothing of the kind."""
 
     def load(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
-        """Read ``checkpoint`` in place; every process calls it."""
+        """Read ``checkpoint`` in place; every process calls it. The optimizer's moments are the checkpoint's, its
+        settings the config's, which may have changed since."""
+        settings = [{key: own[key] for key in SETTINGS} for own in self.optimizer.param_groups]
+        self._load(checkpoint, group)
+        for own, kept in zip(self.optimizer.param_groups, settings, strict=True):
+            own.update(kept)
+
+    def _load(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
         raise TypeError(f"{type(self).__name__} is no engine")
 
 
@@ -158,7 +167,7 @@ class TorchEngine(Engine):
             **averages,
         }
 
-    def load(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
+    def _load(self, checkpoint: Path, group: dist.ProcessGroup | None) -> None:
         state = self.state()
         names = [group["params"] for group in state["optimizer"]["param_groups"]]
         # Gates may begin on the way: what the checkpoint knows nothing of stays as it starts.

@@ -6,6 +6,7 @@ import atexit
 import datetime
 import gc
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.errors import UserError
+from model.errors import TransientError, UserError
+from trainer.files import kind_of
 from trainer.signals import exit_status
 
 
@@ -59,6 +61,7 @@ class World:
         work: Callable[[], Any],
         catch: type[BaseException] | tuple[type[BaseException], ...] = UserError,
         words: Callable[[BaseException], str] = str,
+        kind: Callable[[BaseException], type[UserError]] = kind_of,
     ) -> Any:
         """Do ``work``, return what it returns; every rank calls it. What one rank fails with is raised on all of them
         as the same ``UserError``, so that none waits for that rank or stumbles over its absence.
@@ -66,15 +69,17 @@ class World:
         Args:
             catch: the errors that are shared; others are raised where they happen.
             words: turns an error into the message.
+            kind: which kind of ``UserError`` it becomes.
         """
         result = problem = None
         try:
             result = work()
         except catch as error:
-            problem = words(error)
+            problem = words(error), kind(error)
         for told in self.gather(problem):
             if told is not None:
-                raise UserError(told)
+                message, of = told
+                raise of(message)
         return result
 
     def set_timeout(self, minutes: float) -> None:
@@ -135,16 +140,35 @@ def pick_device(device: str = "auto") -> torch.device:
 
     Raises:
         UserError: ``cuda`` without a GPU; more processes on this node than GPUs.
+        TransientError: the same, where the job was given GPUs that are not there: one has failed.
     """
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if device == "cpu":
         return torch.device("cpu")
-    number, count = rank_and_size()[2], torch.cuda.device_count()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number, given = rank_and_size()[2], _given_gpus()
+    if number < given and number >= count and (torch.version.cuda or torch.version.hip):
+        raise TransientError(
+            f"{socket.gethostname()}: torch sees {count} of the {given} GPUs that this job was given: one has failed; "
+            "drain the node (or --device cpu to train without)"
+        )
     if count == 0:
-        raise UserError("--device: cuda, but torch sees no GPU (see `dcdit doctor`)")
+        if device == "cuda":
+            raise UserError("--device: cuda, but torch sees no GPU (see `dcdit doctor`)")
+        return torch.device("cpu")
     if number >= count:
         raise UserError(f"--nproc_per_node: local rank {number} has no GPU, this node has {count}")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def _given_gpus() -> int:
+    """How many GPUs of this node the environment names; 0 where it says nothing."""
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        listed = [entry for entry in os.environ.get(name, "").split(",") if entry.strip() not in ("", "-1")]
+        if listed:
+            return len(listed)
+    granted = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return int(granted) if granted.isdigit() else 0
 
 
 def open_world(timeout_minutes: float = 30.0, device: str = "auto") -> World:
@@ -156,6 +180,7 @@ def open_world(timeout_minutes: float = 30.0, device: str = "auto") -> World:
 
     Raises:
         UserError: as ``pick_device``.
+        TransientError: some processes have GPUs and others none.
     """
     rank, size, local_rank = rank_and_size()
     own = pick_device(device)
@@ -165,7 +190,19 @@ def open_world(timeout_minutes: float = 30.0, device: str = "auto") -> World:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     else:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, size, local_rank, own, dist.new_group(backend="gloo", timeout=timeout))
+    world = World(rank, size, local_rank, own, dist.new_group(backend="gloo", timeout=timeout))
+    _same_kind(world)
+    return world
+
+
+def _same_kind(world: World) -> None:
+    """A node whose driver has failed takes CPUs by ``auto``, and the first collective with the others would hang."""
+    hosts = world.gather((world.device.type, socket.gethostname())) if world.size > 1 else []
+    odd = sorted({host for kind, host in hosts if kind == "cpu"})
+    if odd and any(kind != "cpu" for kind, _ in hosts):
+        raise TransientError(
+            f"no GPU can be used on {', '.join(odd)}, while others have theirs: see `dcdit doctor` there, or drain it"
+        )
 
 
 def close_world() -> None:

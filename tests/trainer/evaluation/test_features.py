@@ -269,3 +269,14 @@ def test_dinov2_says_why_torch_hub_gave_nothing(monkeypatch):
         UserError, match="torch.hub cannot give facebookresearch/dinov2: no route; give a local folder"
     ):
         features.load("dinov2", "hub")
+
+
+def test_networks_see_no_tf32_whatever_training_has_chosen():
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, True
+    try:
+        with features._exact():
+            assert not products.allow_tf32 and not torch.backends.cudnn.allow_tf32
+        assert products.allow_tf32
+    finally:
+        products.allow_tf32 = before
