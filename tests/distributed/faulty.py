@@ -1,10 +1,10 @@
 """A trainer with a fault, on the last rank only, for the steps that begin at images FIRST up to LAST.
 
 nan:24-48 makes the loss NaN; inf-gradient:24-48 a gradient infinite under a finite loss; high:24-48 adds 100 to it;
-away:24-48 takes that rank's disk away, disk:24-48 lets it run full while it writes its part of torch's checkpoint,
-own-disk:24-48 while it writes DeepSpeed's own files; ``store`` (of `dcdit sample`) while it keeps pictures that it drew.
-And no faults: ``mark``, RUN/evaluating exists while rank 0 evaluates; ``watch``, every rank says how many of the teacher's numbers are still in
-memory once an upcycled run has let it go.
+disk:24-48 lets that rank's disk run full while it writes its part of torch's checkpoint, away:24-48 takes the disk
+away, own-disk:24-48 lets it run full while it writes DeepSpeed's own files; ``store`` (of `dcdit sample`) while it
+keeps pictures that it drew. And no faults: ``mark``, RUN/evaluating exists while rank 0 evaluates; ``watch``, every
+rank says how many of the teacher's numbers are still in memory once an upcycled run has let it go.
 """
 
 import errno
