@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -45,23 +46,44 @@ class Pretrained:
         return build(cls, config, state, str(Path(folder) / WEIGHTS)).to(device)
 
 
-def save_weights(folder: str | os.PathLike, model_name: str, config, state: dict[str, torch.Tensor]) -> None:
+def save_weights(
+    folder: str | os.PathLike,
+    model_name: str,
+    config,
+    state: dict[str, torch.Tensor],
+    texts: dict[str, str] | None = None,
+) -> None:
     """What `save_pretrained` does, from a state dict: for weights gathered from shards or averaged.
 
-    model_name is "DCDiT" or "DiT". The weights move into place first: a config.json means a whole folder.
+    model_name is "DCDiT" or "DiT"; texts: files by name that belong to the weights. All are written beside their places
+    and then moved, config.json last: it means a whole folder, and a disk that runs full leaves what was there.
+    Raises OSError where they cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().to("cpu").contiguous() for name, value in state.items()}
-    beside = folder / f".{WEIGHTS}.{os.getpid()}"
+    about = json.dumps({"model": model_name, "config": config.to_dict()}, indent=2) + "\n"
+    beside = {name: folder / f".{name}.{os.getpid()}" for name in (WEIGHTS, *(texts or {}), CONFIG)}
     try:
-        save_file(tensors, str(beside), metadata={"format": "pt", "model": model_name})
-        os.replace(beside, folder / WEIGHTS)
-        beside = folder / f".{CONFIG}.{os.getpid()}"
-        beside.write_text(json.dumps({"model": model_name, "config": config.to_dict()}, indent=2) + "\n")
-        os.replace(beside, folder / CONFIG)
+        _save_file(tensors, beside[WEIGHTS], {"format": "pt", "model": model_name})
+        for name, text in ((texts or {}) | {CONFIG: about}).items():
+            beside[name].write_text(text)
+        for name, written in beside.items():
+            os.replace(written, folder / name)
     finally:
-        beside.unlink(missing_ok=True)
+        for written in beside.values():
+            written.unlink(missing_ok=True)
+
+
+def _save_file(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """safetensors' `save_file`, whose errors of the disk are of a kind of its own."""
+    try:
+        save_file(tensors, str(file), metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -57,13 +57,11 @@ def export(folder: Path, sizes: Any, weights: dict[str, torch.Tensor], run_info:
     Args:
         weights: whole tensors by name; flat ones (ZeRO 3) take the shape the model gives them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(run_info, indent=1))
     cls = DCDiT if isinstance(sizes, DCDiT.config_class) else DiT
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in cls(sizes).state_dict().items()}
     whole = {name: weights[name].float().reshape(shape) for name, shape in shapes.items()}
-    save_weights(folder, cls.__name__, sizes, whole)
+    save_weights(folder, cls.__name__, sizes, whole, {"run.json": json.dumps(run_info, indent=1)})
 
 
 def find_latest(folder: Path) -> Path | None:

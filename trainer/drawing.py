@@ -243,6 +243,13 @@ class Counter:
         return self.spent / 1e9
 
 
+def in_turn(classes: Sequence[int], count: int) -> list[int]:
+    """The classes of `count` pictures, one after the other; for fewer pictures than classes, classes evenly apart."""
+    if count < len(classes):
+        return [classes[i * len(classes) // count] for i in range(count)]
+    return [classes[i % len(classes)] for i in range(count)]
+
+
 def stream_keys(labels: Sequence[int]) -> list[tuple[int, int]]:
     """(label, number within the label) of each picture: what its random stream is made of."""
     seen: dict[int, int] = {}

@@ -40,6 +40,7 @@ NAMES = {
     "inception": "FID",
     "dinov2": "FD-DINOv2",
 }
+KEPT = "kept.json"  # in the folder of --keep
 ROWS = (
     ("sfid", "sFID", "{:.4f}"), ("inception_score", "inception score", "{:.3f}"), ("precision", "precision", "{:.4f}"),
     ("recall", "recall", "{:.4f}"), ("retained_share", "tokens kept", "{:.1%}"),
@@ -137,14 +138,16 @@ def run(args: argparse.Namespace) -> int:
     """The command, by the processes torchrun started; returns the exit status."""
     from trainer.parallel import close_world, open_world
     from trainer.parallel.world import rank_and_size
-    from trainer.sampling.source import check_device
+    from trainer.sampling.source import agreed, check_device
 
     check_device(args.device, rank_and_size()[1])
     world = open_world(timeout_minutes=60, device=args.device.partition(":")[0])
     try:
         device = args.device if ":" in args.device else str(world.device)
         # What fails for one process alone is told by all: none waits for it, or stumbles over its absence.
-        evaluation = world.agree(lambda: Evaluation(args, world, device))
+        flags = {"--checkpoint": args.checkpoint, "--autoguidance": args.autoguidance}
+        paths = [agreed(path, world, flag) for flag, path in flags.items()]
+        evaluation = world.agree(lambda: Evaluation(args, world, device, *paths))
         file = world.agree(evaluation.place)
         record = evaluation.run()
         world.agree(lambda: world.main and write_text(file, json.dumps(record, indent=1) + "\n", "--to"))
@@ -159,7 +162,14 @@ def run(args: argparse.Namespace) -> int:
 class Evaluation:
     """One evaluation, by all processes of `world` together."""
 
-    def __init__(self, args: argparse.Namespace, world: Any, device: str) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        world: Any,
+        device: str,
+        checkpoint: str | None = None,
+        guide: str | None = None,
+    ) -> None:
         from trainer.sampling.arguments import load_guide, settings_from
         from trainer.sampling.bulk import choose_labels
         from trainer.sampling.progress import Line
@@ -169,8 +179,8 @@ class Evaluation:
         self.args, self.world, self.device, self.line = args, world, device, Line()
         self.source = self.settings = self.guide = self.budget = None
         if args.checkpoint:
-            self.source = load_source(args.checkpoint, device, args.heads, args.sigma)
-            self.guide = load_guide(args, self.source, device)
+            self.source = load_source(checkpoint or args.checkpoint, device, args.heads, args.sigma)
+            self.guide = load_guide(args, self.source, device, guide)
             self.settings = settings_from(args, self.source)
             self.vae = load_vae_for(args.vae, self.source, "features are of pictures")
             if args.budget is not None:
@@ -216,9 +226,21 @@ class Evaluation:
         """`target`, tried. Raises UserError where it, or the folder of --keep, cannot be written to."""
         file = self.target()
         check_file(file, "--to")
-        if self.args.keep:
-            check_keep(Path(self.args.keep), self.args.num)
+        if self.args.keep and self.world.main:
+            check_keep(Path(self.args.keep), self._drawn())
         return file
+
+    def _drawn(self) -> dict[str, Any]:
+        """What the pictures are a function of."""
+        from model.pretrained import fingerprint
+        from trainer.sampling.source import weights_hash
+
+        settings = {key: value for key, value in self.settings.record(self.source).items() if key != "batch"}
+        return {
+            "num": self.args.num, "classes": self.args.classes, "weights": weights_hash(self.source), **settings,
+            "autoguidance": weights_hash(self.guide) if self.guide else None,
+            "vae_weights": fingerprint(self.vae)[:32] if self.vae is not None else None,
+        }  # fmt: skip
 
     def target(self) -> Path:
         """Where the JSON goes: as asked, else under a name that no other settings have."""
@@ -244,6 +266,7 @@ class Evaluation:
             parts += [f"guidance{args.guidance:g}"] if args.guidance != 1 else []
             drawn = {key: value for key, value in self.settings.record(source).items() if key != "batch"}
             inputs += [str(source.path.absolute()), drawn, args.classes, self.guide and str(self.guide.path)]
+            inputs += [args.heads, args.sigma]
         name = "-".join([where, *parts, digest(inputs)])
         return folder / f"{name.replace(':', '_')}.json"
 
@@ -318,14 +341,24 @@ class Evaluation:
             self.line.show(text)
 
 
-def check_keep(folder: Path, count: int) -> None:
-    """Raises UserError: it cannot be written, or holds pictures that would stay among the `count` new ones."""
+def check_keep(folder: Path, drawn: dict[str, Any]) -> None:
+    """Note in `folder` what the pictures will be a function of. Raises UserError: it cannot be written, or holds
+    pictures of other settings."""
+    from trainer.sampling.store import PARTS, RECORD
+
     check_folder(folder, "--keep")
-    for file in folder.glob("*.png"):
-        if not (file.stem.isdecimal() and int(file.stem) < count):
-            raise UserError(
-                f"--keep: {folder} holds other pictures, such as {file.name}; give another folder"
-            )
+    drawn, record = json.loads(json.dumps(drawn)), folder / KEPT
+    try:
+        before = json.loads(record.read_text())
+    except (OSError, ValueError):
+        before = None
+    drawn_into = next(
+        (name for name in (RECORD, PARTS) if (folder / name).exists()), None
+    )  # by `dcdit sample`
+    there = drawn_into or next((file.name for file in folder.glob("*.png") if file.is_file()), None)
+    if drawn_into or (there and before != drawn):
+        raise UserError(f"--keep: {folder} holds other pictures, such as {there}; give another folder")
+    write_text(record, json.dumps(drawn, indent=1) + "\n", "--keep")
 
 
 def keeper(folder: str) -> Any:

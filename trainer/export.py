@@ -292,11 +292,15 @@ def write_step(weights: Weights, arguments: argparse.Namespace) -> None:
         "batch": arguments.batch or f"1 to {MOST_IMAGES}", "precision": arguments.precision, "run": weights.run,
     }  # fmt: skip
     file = Path(arguments.torch_export)
+    beside = file.with_name(f".{file.stem}.part{file.suffix}")  # torch looks at the ending
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.export.save(program, file, extra_files={"dcdit.json": json.dumps(about, indent=1)})
-    except OSError as error:
-        raise UserError(f"--torch-export: cannot write {file}: {error.strerror or error}") from None
+        torch.export.save(program, beside, extra_files={"dcdit.json": json.dumps(about, indent=1)})
+        beside.replace(file)
+    except (OSError, RuntimeError) as error:  # torch's writer has errors of its own for a full disk
+        beside.unlink(missing_ok=True)
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"--torch-export: cannot write {file}: {why}") from None
 
 
 def find_checkpoint(source: Path) -> Path:

@@ -26,8 +26,10 @@ if __name__ == "__main__":
 import numpy as np
 
 from model.errors import UserError
+from model.pretrained import fingerprint
+from trainer.drawing import in_turn
 from trainer.elastic import BINS, Calibration, Cost, TailDrop, calibration_file, has_router
-from trainer.files import check_folder, write_text, writing
+from trainer.files import check_folder, digest, write_text, writing
 from trainer.sampling.arguments import add_model_flags, add_sampler_flags, check, load_guide, settings_from
 from trainer.sampling.source import run_above, weights_hash
 from trainer.signals import EXIT_OK, EXIT_STOPPED, POLL, StopFlag, Stopped
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     """The command; returns the exit status."""
     from trainer.parallel import close_world, open_world
     from trainer.parallel.world import rank_and_size
-    from trainer.sampling.source import check_device, load_source
+    from trainer.sampling.source import agreed, check_device, load_source
 
     rhos = TailDrop.parse(args.tail_drop)
     check_device(args.device, rank_and_size()[1])
@@ -101,13 +103,14 @@ def run(args: argparse.Namespace) -> int:
     stop = StopFlag()
     try:
         device = args.device if ":" in args.device else str(world.device)
-        source = load_source(args.checkpoint, device, args.heads, args.sigma)
+        source = load_source(agreed(args.checkpoint, world), device, args.heads, args.sigma)
         routed = has_router(source)
         if not routed and (args.calibrate or rhos.values != (0.0,)):
             raise UserError(
                 "--checkpoint: this model has no router, so there is no rho to sweep; --tail-drop 0 gives its one point"
             )
-        sweep = Sweep(args, source, load_guide(args, source, device), world, stop)
+        guide = load_guide(args, source, device, agreed(args.autoguidance, world, "--autoguidance"))
+        sweep = Sweep(args, source, guide, world, stop)
         if args.calibrate:
             sweep.calibrate()
         else:
@@ -171,7 +174,9 @@ class Sweep:
         self._together(lambda: check_folder(self._folder(), "--to"))
         features = self._features()
         about = self._about(features) if self.world.main else {}
-        rows = self.world.broadcast(self._before(about, rhos))
+        rows = self.world.broadcast(
+            self.world.agree(lambda: self._before(about) if self.world.main else None)
+        )
         left = [rho for rho in dict.fromkeys(rhos) if all(rho != row["tail_drop"] for row in rows)]
         if rows and self.world.main:
             kept = ", ".join(f"{row['tail_drop']:g}" for row in rows)
@@ -193,7 +198,7 @@ class Sweep:
 
                 row["frechet"] = round(frechet_distance(real.mean, real.cov, seen.mean, seen.cov), 6)
             row["heldout_mse"] = error
-            rows = sorted([*rows, row], key=lambda row: rhos.index(row["tail_drop"]))
+            rows = sorted([*rows, row], key=lambda row: row["tail_drop"])
             self._say("")
             self._together(lambda rows=rows: self._write(about, rows))
             if self.world.main:
@@ -208,7 +213,7 @@ class Sweep:
 
         args = self.args
         settings = dataclasses.replace(self.settings, tail_drop=rho, uncond_tail_drop=self.other)
-        labels = [i % self.source.num_classes for i in range(args.num)]
+        labels = in_turn(range(self.source.num_classes), args.num)
         found = None if features is None else Collector(features, args.num)
 
         def on_step(begun: int, step: int) -> None:
@@ -282,7 +287,7 @@ class Sweep:
         count = min(self.args.heldout, len(self.data))
         for batch in heldout_batches(
             self.data, seed=self.source.run.get("seed", 0), count=count, batch_size=min(self.args.batch, count),
-            rank=self.world.rank, world_size=self.world.size,
+            rank=self.world.rank, world_size=self.world.size, null_class=self.source.num_classes,
         ):  # fmt: skip
             self.stop.check(self.world)
             yield batch
@@ -309,21 +314,31 @@ class Sweep:
         return {
             "checkpoint": str(self.source.path), "weights": weights_hash(self.source),
             "images_seen": self.source.run.get("images"), **settings,
-            "autoguidance": str(self.guide.path) if self.guide else None, "vae": args.vae,
-            "data": self.where, "num": args.num, "heldout": min(args.heldout, len(self.data)),
+            "autoguidance": str(self.guide.path) if self.guide else None,
+            "autoguidance_weights": weights_hash(self.guide) if self.guide else None, "vae": args.vae,
+            "vae_weights": fingerprint(self.vae)[:32] if self.vae is not None else None,
+            "data": self.where, "data_manifest": digest(self.data.manifest.to_dict()),
+            "num": args.num, "heldout": min(args.heldout, len(self.data)),
             "device": self.source.device.type, "features": name, "features_path": args.features_path,
             "metric": "frechet" if name else "heldout_mse",
         }  # fmt: skip
 
-    def _before(self, about: dict[str, Any], rhos: tuple[float, ...]) -> list[dict[str, Any]]:
-        """The rows of an earlier sweep of the same settings, as far as they are wanted again; rank 0's count."""
+    def _before(self, about: dict[str, Any]) -> list[dict[str, Any]]:
+        """The rows of an earlier sweep of the same settings; rank 0's count. A curve of others gets another name."""
         try:
             values = json.loads(self._file("json").read_text())
-            rows = [row for row in values.pop("rows") if row["tail_drop"] in rhos]
+            rows = sorted(values.pop("rows"), key=lambda row: row["tail_drop"])
         except (OSError, ValueError, KeyError, TypeError):
             return []
-        same = values == json.loads(json.dumps(about))  # as it is read again: tuples become lists
-        return sorted(rows, key=lambda row: rhos.index(row["tail_drop"])) if same else []
+        if values == json.loads(json.dumps(about)):  # as it is read again: tuples become lists
+            return rows
+        aside = f"{RESULT}-{digest(values)}"
+        with writing(self._folder(), "--to"):
+            for ending in ("md", "svg", "json"):
+                if self._file(ending).is_file():
+                    self._file(ending).replace(self._folder() / f"{aside}.{ending}")
+        print(f"the curve of other settings that was there is now {self._folder() / aside}.json", flush=True)
+        return []
 
     def _write(self, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """elastic.json (its schema is what `report` reads), elastic.md and elastic.svg."""

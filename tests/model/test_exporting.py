@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from model import pretrained
 from model.errors import UserError
 from model.exporting import export_step, usual_capacity
 from model.ops import resolve
@@ -90,6 +92,36 @@ def test_wrong_numbers():
     assert model.training
     with pytest.raises(UserError, match="DyDiT decides"):
         export_step(tiny_dcdit(dydit=0.5))
+
+
+def test_a_disk_that_runs_full_leaves_the_export_that_was_there(tmp_path, monkeypatch, capsys):
+    """What the libraries raise then, in their own words."""
+    from tests.trainer.synthetic_run import export, tiny_model
+    from trainer import cli
+
+    source, to, step = export(tmp_path / "weights", tiny_model()), tmp_path / "to", tmp_path / "step.pt2"
+    words = ["export", str(source), "--overwrite"]
+    assert cli.main([*words, "--to", str(to)]) == 0
+    step.write_bytes(b"a good program")
+    other = export(
+        tmp_path / "weights", tiny_model(seed=1), data={"kind": "pixels", "class_names": ["other"]}
+    )
+    before = {file.name: file.read_bytes() for file in to.iterdir()}
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def broken(*_, **__):
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(pretrained, "save_file", full)
+    monkeypatch.setattr(torch.export, "save", broken)
+    assert other == source and cli.main([*words, "--to", str(to)]) == 2
+    assert f"--to: cannot write {to}: No space left on device" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in to.iterdir()} == before
+    assert cli.main([*words, "--torch-export", str(step)]) == 2
+    assert f"--torch-export: cannot write {step}: basic_ios" in capsys.readouterr().err
+    assert step.read_bytes() == b"a good program"
 
 
 def test_command_writes_a_program_that_says_what_it_is(tmp_path, capsys):

@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from model import DCDiT, preset
 from model.diffusion import guided, make_process
@@ -376,11 +377,33 @@ def test_a_sweep_that_is_stopped_goes_on_with_what_is_missing(trained, tmp_path,
     every = rows("--tail-drop", "0,0.3,0.6,0.9")
     assert drawn == [0.6, 0.9] and every[:2] == [first, second]
     assert [row["tail_drop"] for row in every] == [0, 0.3, 0.6, 0.9]
-    last, new, second = rows("--tail-drop", "0.9,0.2,0.3")
-    assert (last, new["tail_drop"], second) == (every[3], 0.2, every[1])
-    assert drawn == [0.2] and "rho 0.9, 0.3" in capsys.readouterr().out
-    rows("--tail-drop", "0.3", "--seed", "1")
+    more = rows("--tail-drop", "0.9,0.2,0.3")
+    assert drawn == [0.2] and "rho 0, 0.3, 0.6, 0.9" in capsys.readouterr().out
+    assert [row["tail_drop"] for row in more] == [0, 0.2, 0.3, 0.6, 0.9] and [more[0], *more[2:]] == every
+    (other,) = rows("--tail-drop", "0.3", "--seed", "1")
     assert drawn == [0.3], "other settings are measured anew"
+    (aside,) = tmp_path.glob("elastic-*.json")
+    assert json.loads(aside.read_text())["rows"] == more and aside.with_suffix(".svg").is_file()
+    assert f"is now {aside}" in capsys.readouterr().out and other != every[1]
+    # The same path with other weights in it is another guide.
+    guide = shutil.copytree(next(trained.glob("checkpoints/*/ema")), tmp_path / "guide")
+    guided = ["--tail-drop", "0.3", "--guidance", "1.5", "--autoguidance", str(guide)]
+    rows(*guided)
+    weights = load_file(guide / "model.safetensors")
+    save_file({name: value * 0.5 for name, value in weights.items()}, guide / "model.safetensors")
+    rows(*guided)
+    assert drawn == [0.3]
+
+
+def test_data_of_more_classes_than_the_model_has_is_one_line(trained, tmp_path, capsys):
+    """A label one above the last would be read as "no class"."""
+    data = mds(tmp_path / "data")
+    names = {"class_names": [f"class {k}" for k in range(20)], "num_classes": 20}
+    file = data / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | names))
+    words = ["--num", "2", "--steps", "2", "--to", str(tmp_path), "--data", str(data), *FEW]
+    assert cli.main(["sweep", "--checkpoint", str(trained), *words]) == 2
+    assert "has 20 classes, the model only 19" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`dcdit sample --num`: the same pictures from any number of processes and batch size, through kills and signals."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,10 +19,12 @@ from tests.trainer.synthetic_run import SIZE, export, manifest, run_folder, tiny
 from trainer import cli
 from trainer.data import open_source
 from trainer.demo import descendants
-from trainer.drawing import Settings, generate, load_source
+from trainer.drawing import Settings, generate, in_turn, load_source
 from trainer.sampling import bulk
 from trainer.sampling.arguments import parser, settings_from
 from trainer.sampling.decode import to_pictures
+from trainer.sampling.source import as_source, weights_hash
+from trainer.sampling.store import STATS, Store
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM = 22
@@ -203,6 +206,47 @@ def test_holes_of_another_batch_size_are_filled_in_order(run, reference, tmp_pat
     draw(run, target, "--batch", "5", "--format", "npz")
     with np.load(target / "samples.npz") as values:
         assert np.abs(values["arr_0"].astype(int) - pictures(reference)).max() <= 1
+
+
+def test_a_batch_that_a_crash_cut_short_is_drawn_again(tmp_path):
+    store = Store(tmp_path / "s", "npz", 6, 100)
+    store.begin({"weights": "w"})
+    for first in (0, 2, 4):
+        stats = {name: np.zeros(2) for name in STATS}
+        store.add([first, first + 1], [0, 0], np.full((2, 4, 4, 3), first, np.uint8), stats)
+    (second, third) = sorted(store.parts.glob("*.npz"))[1:]
+    second.write_bytes(b"")
+    third.write_bytes(third.read_bytes()[:-200])
+    assert store.missing().tolist() == [2, 3, 4, 5] and not second.exists()
+
+
+def test_pictures_that_are_not_finite_are_no_black_ones(tmp_path, capsys):
+    model = tiny_model()
+    with torch.no_grad():
+        model.final_layer.linear.bias[0] = torch.nan
+    weights = export(tmp_path / "weights", model)
+    words = ["--num", "4", "--steps", "2", "--to", str(tmp_path / "to")]
+    assert cli.main(["sample", "--checkpoint", str(weights), *words]) == 2
+    error = capsys.readouterr().err
+    assert "4 of 4 pictures have values that are not finite, the first is number 0" in error
+    assert not list((tmp_path / "to").glob("*.png"))
+
+
+def test_what_the_model_makes_of_its_weights_is_part_of_what_they_are():
+    """`--heads` of a released file changes every picture and not one weight; how it computes changes nothing."""
+    model = tiny_model()
+    config, before = model.config, weights_hash(as_source(model, {}))
+    model.config = dataclasses.replace(config, num_heads=4)
+    assert weights_hash(as_source(model, {})) != before
+    model.config = dataclasses.replace(config, ops_backend="torch")
+    assert weights_hash(as_source(model, {})) == before
+
+
+@pytest.mark.parametrize(
+    ("count", "classes"), [(3, [0, 3, 6]), (10, list(range(10))), (12, [*range(10), 0, 1])]
+)
+def test_fewer_pictures_than_classes_are_spread_over_them(count, classes):
+    assert in_turn(range(10), count) == classes
 
 
 def test_classes_can_be_chosen_or_drawn(run, tmp_path):

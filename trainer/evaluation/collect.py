@@ -14,6 +14,7 @@ from trainer.evaluation.frechet import Moments
 from trainer.evaluation.images import Pictures
 from trainer.evaluation.scores import InceptionScore
 from trainer.parallel.world import World
+from trainer.randomness import rng
 
 
 def rounds(count: int, batch: int, world: World) -> Iterator[tuple[np.ndarray, int]]:
@@ -88,15 +89,17 @@ def collect(
     keep: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Collector:
-    """The features of the first `count` pictures (all without it). With fewer than all, they are taken evenly from the
-    whole, so that pictures stored class by class are fairly represented.
+    """The features of `count` pictures (all without it). With fewer than all, one is drawn from each of `count` equal
+    stretches of the whole, always the same: fair to classes stored one after the other, and to classes stored in turn,
+    of which an even stride would meet a few again and again.
 
     `on_batch(done, total)` is called after each batch, on every process equally often; it may raise. A picture that one
     process cannot read is a UserError on all of them.
     """
     count = min(count or len(pictures), len(pictures))
     found = Collector(features, count, keep)
-    chosen = np.arange(count) * len(pictures) // count
+    edges = np.arange(count + 1) * len(pictures) // count
+    chosen = rng(0, "pictures").integers(edges[:-1], edges[1:])
     for numbers, real in rounds(count, batch, world):
         mine = numbers[:real]
         images = world.agree(lambda mine=mine: pictures.read(chosen[mine]) if len(mine) else None)

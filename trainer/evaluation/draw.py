@@ -13,7 +13,7 @@ import torch.distributed as dist
 from trainer.drawing import Settings, Source, draw_batch, stream_keys
 from trainer.evaluation.collect import Collector, rounds
 from trainer.parallel.world import World
-from trainer.sampling.decode import to_pictures
+from trainer.sampling.decode import check_finite, to_pictures
 
 
 @dataclass
@@ -79,6 +79,7 @@ def draw(
     guide: Source | None = None,
     on_step: Callable[[int, int], None] | None = None,
     sink: Sink | None = None,
+    strict: bool = True,
 ) -> Cost:
     """Draw one picture per label and take its features into `found`; collective, and reduced at the end.
 
@@ -91,6 +92,7 @@ def draw(
         vae: decodes what a model of latents draws, `vae_batch` at once.
         on_step: called as on_step(pictures this process has begun, step) after each step, on every process equally
             often; it may raise.
+        strict: pictures that are not finite are a UserError; without it they are black ones.
     """
     keys, sink, cost = stream_keys(labels), sink or Sink(), Cost()
     for numbers, real in rounds(len(labels), settings.batch, world):
@@ -103,6 +105,8 @@ def draw(
         cost.take(drawn, real)
         if found is None:
             continue
+        if strict:
+            world.agree(lambda images=drawn.images[:real], numbers=numbers: check_finite(images, numbers))
         shots = to_pictures(source, drawn.images[:real], vae, vae_batch)[0] if real else []
         found.add(np.stack(shots).transpose(0, 3, 1, 2) if real else None, numbers[:real])
         world.agree(lambda shots=shots, mine=numbers[:real]: sink.take(shots, mine))

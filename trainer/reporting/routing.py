@@ -34,8 +34,9 @@ def heldout(run: Path, asked: str | None, source, f: Findings) -> dict[str, Any]
                 f"data {data.location}: its images are {data.manifest.shape}, the model takes {source.shape}"
             )
         count = min(64, len(data))
+        seed, classes = source.run.get("seed", 0), source.num_classes
         batch = next(
-            iter(heldout_batches(data, seed=source.run.get("seed", 0), count=count, batch_size=count))
+            iter(heldout_batches(data, seed=seed, count=count, batch_size=count, null_class=classes))
         )
     except UserError as error:
         if asked:

@@ -210,14 +210,17 @@ def settings_from(args: argparse.Namespace, source: Source) -> Settings:
     return settings
 
 
-def load_guide(args: argparse.Namespace, source: Source, device: str) -> Source | None:
-    """The guiding model of --autoguidance. Raises UserError where it does not fit `source`."""
+def load_guide(
+    args: argparse.Namespace, source: Source, device: str, path: str | None = None
+) -> Source | None:
+    """The guiding model of --autoguidance, whose weights are at `path` where that is settled already (`agreed`). Raises
+    UserError where it does not fit `source`."""
     from trainer.sampling.source import load_source
 
     if not args.autoguidance:
         return None
     try:
-        guide = load_source(args.autoguidance, device, args.heads, args.sigma)
+        guide = load_source(path or args.autoguidance, device, args.heads, args.sigma)
     except UserError as error:
         raise UserError(str(error).replace("--checkpoint", "--autoguidance")) from None
     for what, mine, its in (

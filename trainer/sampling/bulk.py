@@ -16,16 +16,16 @@ import numpy as np
 import torch
 
 from model.pretrained import fingerprint
-from trainer.drawing import Drawn, draw_batch, stream_keys
+from trainer.drawing import Drawn, draw_batch, in_turn, stream_keys
 from trainer.elastic import amount, budget_line, with_budget
 from trainer.files import writing
 from trainer.parallel import World, close_world, open_world
 from trainer.parallel.world import rank_and_size
 from trainer.randomness import rng
 from trainer.sampling.arguments import load_guide, parse_classes, settings_from
-from trainer.sampling.decode import to_pictures
+from trainer.sampling.decode import check_finite, to_pictures
 from trainer.sampling.progress import Line, clock
-from trainer.sampling.source import Source, check_device, load_source, weights_hash
+from trainer.sampling.source import Source, agreed, check_device, load_source, weights_hash
 from trainer.sampling.store import Store
 from trainer.signals import EXIT_OK, EXIT_STOPPED, POLL, StopFlag, Stopped
 from trainer.vae import load_vae_for
@@ -55,8 +55,8 @@ class Bulk:
 
     def __init__(self, args: argparse.Namespace, world: World, stop: StopFlag, device: str) -> None:
         self.args, self.world, self.stop = args, world, stop
-        self.source = load_source(args.checkpoint, device, args.heads, args.sigma)
-        self.guide = load_guide(args, self.source, device)
+        self.source = load_source(agreed(args.checkpoint, world), device, args.heads, args.sigma)
+        self.guide = load_guide(args, self.source, device, agreed(args.autoguidance, world, "--autoguidance"))
         self.settings, self.budget = settings_from(args, self.source), None
         if args.budget is not None:
             self.settings, self.budget = with_budget(args.budget, self.settings, self.source, self.guide)
@@ -110,10 +110,13 @@ class Bulk:
             return
         keys = [self.keys[place] for place in places]
         drawn = draw_batch(self.source, keys, places.tolist(), self.settings, on_step, self.guide)
-        shots, _ = to_pictures(self.source, drawn.images, self.vae, self.args.vae_batch)
-        self._together(
-            lambda: self.store.add(places.tolist(), self.labels[places], np.stack(shots), _stats(drawn))
-        )
+
+        def keep() -> None:
+            check_finite(drawn.images, places)
+            shots, _ = to_pictures(self.source, drawn.images, self.vae, self.args.vae_batch)
+            self.store.add(places.tolist(), self.labels[places], np.stack(shots), _stats(drawn))
+
+        self._together(keep)
 
     def _finish(self, record: dict[str, Any]) -> bool:
         """Tars, npz or list of labels, and the record; False when a signal came."""
@@ -186,14 +189,15 @@ class Bulk:
 
 
 def choose_labels(text: str, num: int, source: Source, seed: int) -> np.ndarray:
-    """The class of each of `num` pictures, int64: the asked ones in turn (as balanced as `num` allows), or drawn.
+    """The class of each of `num` pictures, int64: the asked ones in turn (as balanced as `num` allows; evenly apart
+    where there are more of them), or drawn.
 
     Raises UserError for classes that are not there.
     """
     if text.strip() == "random":
         return rng(seed, "sample_label").integers(source.num_classes, size=num)
     asked = parse_classes(text, source.class_names)
-    return np.resize(np.array(asked, np.int64), num)
+    return np.array(in_turn(asked, num), np.int64)
 
 
 def _stats(drawn: Drawn) -> dict[str, np.ndarray]:

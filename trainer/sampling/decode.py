@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from model.errors import UserError
+
 if TYPE_CHECKING:  # torch is not needed to know the names
     from trainer.sampling.source import Source
 
@@ -26,6 +28,17 @@ def to_pictures(source: Source, images, vae=None, batch: int = 8) -> tuple[list[
     if source.latent:
         return list(pictures.false_colour(images)), LATENT_NOTE
     return list(pictures.show(images)), "pixels"
+
+
+def check_finite(images, numbers) -> None:
+    """Raises UserError where pictures (n, C, H, W), of these numbers, are not finite: they would be saved, and
+    measured, as black ones."""
+    bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"--checkpoint: {len(bad)} of {len(images)} pictures have values that are not finite, the first is number "
+            f"{numbers[bad[0]]}: the weights have diverged, or bf16 is too narrow for them (--precision fp32)"
+        )
 
 
 def decode(vae, latents, scale: float, batch: int = 8):

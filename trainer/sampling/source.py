@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,11 +82,31 @@ def run_above(path: Path) -> Path | None:
 
 
 def weights_hash(source: Source) -> str:
-    """Of the numbers, not of the file, whose header may be in any order: a checkpoint that was moved or exported again
-    is the same, a run that was trained on is not."""
+    """Of the numbers and of what the model makes of them (heads, sigma), not of the file, whose header may be in any
+    order: a checkpoint that was moved or exported again is the same, a run that was trained on is not."""
     from model.pretrained import fingerprint
 
-    return fingerprint(source.model)[:32]
+    config = source.model.config.to_dict().items()
+    shape = {
+        key: value for key, value in config if not key.endswith("_backend")
+    }  # any gives the same to rounding
+    whole = fingerprint(source.model) + json.dumps(shape, sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+
+
+def agreed(path: str | None, world: Any, flag: str = "--checkpoint") -> str | None:
+    """`path`, or where it is a run its newest checkpoint, as rank 0 finds it: a run that trains on may have another one
+    a moment later. Every process calls it. Raises what `load_source` raises, on all of them."""
+    from model.errors import UserError
+    from trainer.checkpoint import find_export
+
+    def find() -> str | None:
+        try:
+            return str(path if Path(path).suffix == ".pt" else find_export(Path(path)))
+        except UserError as error:
+            raise UserError(str(error).replace("--checkpoint", flag)) from None
+
+    return world.broadcast(world.agree(lambda: find() if path and world.main else None))
 
 
 def pick_device(name: str):
@@ -147,4 +168,9 @@ def _exported(folder: Path):
 
 
 def _read_run(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    from model.errors import UserError
+
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"--checkpoint: {file} cannot be read ({error}): export the weights again") from None

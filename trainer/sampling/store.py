@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,17 @@ class Store:
                 )
 
     def missing(self) -> np.ndarray:
-        """The numbers of the pictures that no finished batch has, ascending."""
+        """The numbers of the pictures that no finished batch has, ascending. Rank 0 alone: batches that a crash of the
+        node left unreadable are removed, to be drawn again."""
         todo = np.ones(self.num, bool)
         for part in self.parts.glob("*.npz"):
-            with np.load(part) as values:
-                todo[values["places"]] = False
+            try:
+                with np.load(part) as values:
+                    for name in values.files:  # a node that crashed may have left any part of it
+                        values[name]
+                    todo[values["places"]] = False
+            except (EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error):
+                part.unlink()
         return np.flatnonzero(todo)
 
     def add(self, places: Sequence[int], labels: Sequence[int], shots: np.ndarray, stats: dict) -> None:
@@ -99,6 +106,8 @@ class Store:
         beside = self.parts / f".{name}.{os.getpid()}"
         with beside.open("wb") as handle:
             np.savez(handle, **values)
+            handle.flush()
+            os.fsync(handle.fileno())
         beside.replace(self.parts / name)
 
     def table(self) -> dict[str, np.ndarray]:

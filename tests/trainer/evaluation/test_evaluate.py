@@ -21,7 +21,7 @@ from trainer import cli, evaluate
 from trainer.evaluation import features
 from trainer.evaluation.collect import Collector, collect, rounds
 from trainer.evaluation.frechet import frechet_distance
-from trainer.evaluation.images import Npz
+from trainer.evaluation.images import Npz, Pictures
 from trainer.evaluation.reference import load_reference
 from trainer.evaluation.scores import InceptionScore, precision_recall
 from trainer.parallel import World, close_world, open_world, world
@@ -60,6 +60,43 @@ def numbers(record: dict) -> dict:
     found = {key: value for key, value in record["metrics"].items() if value is not None}
     assert found.keys() >= {"frechet", "precision", "recall"}
     return found
+
+
+def test_kept_pictures_are_of_one_kind(run, tmp_path, capsys):
+    """The same command may keep them again; other settings, or a folder of `dcdit sample`, are left as they are."""
+    kept, drawn = tmp_path / "kept", tmp_path / "drawn"
+    assert cli.main(["evaluate", *arguments(run, "--keep", str(kept))]) == 0
+    assert cli.main(["evaluate", *arguments(run, "--keep", str(kept))]) == 0
+    assert (
+        cli.main(["sample", "--checkpoint", str(run), "--num", "18", "--steps", "2", "--to", str(drawn)]) == 0
+    )
+    before = {
+        file: file.read_bytes() for folder in (kept, drawn) for file in folder.iterdir() if file.is_file()
+    }
+    for folder in (kept, drawn):
+        assert cli.main(["evaluate", *arguments(run, "--keep", str(folder), "--seed", "7")]) == 2
+        assert f"--keep: {folder} holds other pictures" in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in before}
+
+
+@pytest.mark.parametrize("layout", ["in turn", "one after the other"])
+def test_a_part_of_the_pictures_has_every_class(layout):
+    """Of 19 classes; in data of classes in turn an even stride of 10 would meet one class alone."""
+    labels = np.arange(1900) % 19 if layout == "in turn" else np.arange(1900) // 100
+    taken = []
+
+    class Counted(Pictures):
+        def read(self, numbers):
+            taken.extend(numbers)
+            return np.zeros((len(numbers), 3, 16, 16), np.uint8)
+
+    with opened_world() as world:
+        collect(Counted(1900, {}), features.load("offline"), world, 190)
+        assert len(taken) == len(set(taken)) == 190
+        assert np.bincount(labels[taken], minlength=19).min() >= 3
+        taken.clear()
+        collect(Counted(30, {}), features.load("offline"), world)
+        assert sorted(taken) == list(range(30))
 
 
 def test_drawn_now_is_drawn_before(run, tmp_path, capsys):
@@ -154,16 +191,6 @@ def test_every_process_has_as_many_batches_of_one_size_and_each_picture_counts_o
     assert len({len(numbers) for part in each for numbers, _ in part}) == 1
     counted = [k for part in each for numbers, real in part for k in numbers[:real].tolist()]
     assert sorted(counted) == list(range(count))
-
-
-def test_fewer_pictures_are_taken_evenly_from_the_whole(tmp_path):
-    images = np.broadcast_to(np.arange(0, 200, 10, dtype=np.uint8)[:, None, None, None], (20, 8, 8, 3))
-    np.savez(tmp_path / "a.npz", arr_0=images)
-    bank = features.load("offline")
-    with opened_world() as world:
-        wanted, got = Collector(bank, 5), collect(Npz(tmp_path / "a.npz"), bank, world, 5, batch=2)
-    wanted.add(np.ascontiguousarray(images[[0, 4, 8, 12, 16]].transpose(0, 3, 1, 2)), np.arange(5))
-    np.testing.assert_allclose(got.moments.mean, wanted.moments.mean, atol=1e-6)
 
 
 @fidelity
