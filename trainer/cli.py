@@ -26,6 +26,8 @@ COMMANDS = {
     "report": "one HTML page about a run, or about several compared",
 }
 
+LAUNCHED = ("sample", "sweep", "evaluate")  # under torchrun; train and upcycle see to it themselves
+
 USAGE = """usage: dcdit <command> [arguments]
 
 DC-DiT: diffusion transformers that spend their tokens where the picture needs them.
@@ -49,15 +51,32 @@ def fail(message: object) -> int:
 
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """Import `trainer.<command>` and call its `main(argv)`; a `UserError` becomes one line and status 2."""
+    """`run_alone`, and where the command may be many processes of a launcher, its word on how it ended to that."""
+    if command not in LAUNCHED:
+        return run_alone(command, argv)
+    from trainer import slurm
+
+    slurm.begin()
+    try:
+        return slurm.leave(run_alone(command, argv))
+    except SystemExit as error:  # argparse
+        slurm.leave(int(error.code or 0))
+        raise
+
+
+def run_alone(command: str, argv: Sequence[str]) -> int:
+    """Import `trainer.<command>` and call its `main(argv)`; a `UserError` becomes one line and status 2, or 1 where
+    another try may succeed."""
     try:
         return int(importlib.import_module(f"trainer.{command}").main(list(argv)) or 0)
     except ValueError as error:
         from model.errors import UserError  # here, because importing `model` loads torch
+        from trainer.signals import exit_status
 
         if not isinstance(error, UserError):
             raise
-        return fail(" ".join(str(error).split("\n")))
+        fail(" ".join(str(error).split("\n")))
+        return exit_status(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -2,7 +2,7 @@
 
     dcdit evaluate --samples samples/b --reference VIRTUAL_imagenet256_labeled.npz     # pictures drawn before
     torchrun --nproc_per_node=8 trainer/evaluate.py --checkpoint runs/b --number 50000 --steps 250 --guidance 1.5 \\
-        --vae sd-vae-ft-ema --reference VIRTUAL_imagenet256_labeled.npz                # drawn now, not kept
+        --vae stabilityai/sd-vae-ft-ema --reference VIRTUAL_imagenet256_labeled.npz    # drawn now, not kept
     dcdit evaluate --checkpoint runs/demo --number 512 --features offline              # against the run's own data
 
 docs/evaluation.md says what each number means and what it compares with.

@@ -3,7 +3,7 @@
     dcdit export runs/b --to b-ema                           # the averaged weights of its newest checkpoint
     dcdit export runs/b/checkpoints/000000012800 --to b-raw --which model
     dcdit export runs/b --to b-fast --decay 0.999            # another average of `ema.decay: [0.9999, 0.999]`
-    dcdit export runs/b --to b-pipeline --vae sd-vae-ft-ema  # trainer.pipeline.DCDiTPipeline.from_pretrained reads it
+    dcdit export runs/b --to b-pipe --vae stabilityai/sd-vae-ft-ema      # DCDiTPipeline.from_pretrained reads it
     dcdit export runs/b --torch-export step.pt2              # one denoising step, packing by capacity
 
 The source is a run, a checkpoint of any engine, a folder that was exported before, or a released .pt. The weights'

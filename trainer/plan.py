@@ -2,7 +2,7 @@
 
     dcdit plan --model XL --gpus 64 --gpu h200
     dcdit plan --model XL --size 512 --gpus 64 --gpu mi300x --checkpointing block
-    dcdit plan --config configs/recipe/imagenet256_b.yaml --gpus 16 --gpu a100 train.micro_batch_size=8 --engine fsdp
+    dcdit plan --config configs/recipe/imagenet256_b.yaml --size 256 --gpus 16 --gpu a100 train.micro_batch_size=8
 
 Memory per GPU by engine, communication of a step, images/s and days, loader and checkpoints; then the assumptions.
 Flags win over the configuration. Formulas: trainer/planning.py; how they compare with measurements: docs/plan.md.

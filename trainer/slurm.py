@@ -125,7 +125,7 @@ def _note(line: str) -> None:
 def requeue() -> None:
     """``scontrol requeue`` of the batch job this process belongs to, and one line that says so; nothing outside of
     batch jobs. A job that was cancelled, or submitted with ``--no-requeue``, is left alone, and the line says why."""
-    job = os.environ.get("SLURM_JOB_ID")
+    job = _job(os.environ)
     if job is None or os.environ.get("DCDIT_REQUEUE", "1") == "0":
         return
     if shutil.which("scontrol") is None:
@@ -144,6 +144,13 @@ def requeue() -> None:
     asked = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if asked.returncode != 0:
         _not_requeued(job, asked.stderr.strip())
+
+
+def _job(env: Mapping[str, str]) -> str | None:
+    """What ``scontrol`` calls this job. A task of an array has a number of its own, but the last one's is that of the
+    whole array."""
+    array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else env.get("SLURM_JOB_ID")
 
 
 def _not_requeued(job: str, why: str) -> None:

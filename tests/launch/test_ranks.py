@@ -103,6 +103,14 @@ def test_requeue(job, capsys, facts, said, asked):
     assert job.asked.exists() == asked
 
 
+def test_a_task_of_an_array_is_named_by_its_place(job, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    job("JobState=RUNNING Reason=None BatchFlag=1 Requeue=1")
+    slurm.stopped()
+    assert job.asked.read_text() == "requeue 7_3\n" and "job 7_3" in capsys.readouterr().out
+
+
 def test_what_it_asks_is_said_before_slurm_ends_the_process(job, tmp_path):
     job("JobState=RUNNING Reason=None BatchFlag=1 Requeue=1")
     killing = (

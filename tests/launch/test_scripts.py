@@ -237,6 +237,25 @@ def test_train_sbatch_does_what_the_trainer_said(slurm, env, status, requeued):
         assert done.stdout.index("asking Slurm to requeue") < done.stdout.index("asked: requeue 7")
 
 
+def test_a_task_of_an_array_is_asked_for_by_its_place_in_it(slurm):
+    """The last task's number is the whole array's."""
+    done = slurm("x", STATUS="end 75\\n", RC="0", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
+    assert "asked: requeue 7_2" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["sample", "sweep", "evaluate"])
+def test_programs_beside_the_trainer_tell_the_launcher_how_they_ended(tmp_path, command):
+    status = tmp_path / "status"
+    done = run(
+        sys.executable, f"trainer/{command}.py", "--checkpoint", "/nowhere", "--num", "2",
+        "--to", str(tmp_path / "to.json"), DCDIT_STATUS_FILE=str(status),
+    )  # fmt: skip
+    assert done.returncode == 2 and status.read_text() == "end 2\n", done.stderr
+    status.unlink()
+    done = run(sys.executable, f"trainer/{command}.py", "--no-such-flag", DCDIT_STATUS_FILE=str(status))
+    assert done.returncode == 2 and status.read_text() == "end 2\n", done.stderr
+
+
 def test_train_sbatch_gives_up_after_failures_without_a_step_forward(slurm):
     first = slurm("--config", "x", STATUS="start 100\\n")
     assert first.stdout.count("failure") == 2 and "asked: requeue 7" in first.stdout

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -267,6 +268,10 @@ def test_broken_index_and_unreachable_remote(data, tmp_path):
     (data / "train" / "index.json").write_text("{")
     fails("index of split 'train' cannot be read", data)
     fails("cannot be fetched: .*[Uu]nsupported", "nonsense://bucket/data")
+    with socket.socket() as closed:  # a port that nobody listens on
+        closed.bind(("127.0.0.1", 0))
+        with pytest.raises(TransientError, match="cannot be fetched"):
+            open_source(f"http://127.0.0.1:{closed.getsockname()[1]}/data")
 
 
 def test_import_leaves_no_stand_ins_behind():

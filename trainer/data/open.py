@@ -14,6 +14,7 @@ from trainer.data.cache import cache_root, parse_size
 from trainer.data.manifest import FORMATS, Manifest
 from trainer.data.mix import Mix, check_alike
 from trainer.data.source import Place, Source
+from trainer.files import kind_of
 
 OPENERS: dict[str, Callable[[Place, Manifest], Source]] = {
     "mds": mds.open_mds,
@@ -38,8 +39,17 @@ def _fetch_manifest(location: str, format: str) -> tuple[Manifest, str]:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"data {where}: cannot be fetched: {error}") from error
+            raise _unreachable(error)(f"data {where}: cannot be fetched: {error}") from error
     return Manifest.parse(text, where), text
+
+
+def _unreachable(error: Exception) -> type[UserError]:
+    """A server that does not answer may do so at the next try; one that answers, and anything else at the start, is as
+    likely a wrong name or password."""
+    answered = getattr(error, "response", None) is not None or hasattr(
+        error, "code"
+    )  # of requests, of urllib
+    return kind_of(error) if isinstance(error, OSError) and not answered else UserError
 
 
 def open_source(
