@@ -36,6 +36,8 @@ bench: $(STAMP)  ## side-by-side measurements: the ops against the dense form, a
 evidence: $(STAMP) ## DC-DiT and its ablations against DiT at equal training FLOPs; hours on a CPU, resumable
 	OMP_NUM_THREADS=1 $(PY) benchmarks/evidence.py --json runs/evidence/evidence.json \
 		--markdown docs/results.md --svg docs/images/evidence.svg
+	OMP_NUM_THREADS=1 $(PY) benchmarks/evidence.py --photos --only dcdit,dit2,one-budget,dit4 \
+		--markdown docs/results.md --svg docs/images/evidence-photos.svg
 	$(PY) benchmarks/router_texture.py runs/evidence/dcdit-0 --every 2 \
 		--markdown docs/results.md --name router-scenes --svg docs/images/router-learned.svg
 

@@ -26,7 +26,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import scenes
-from benchmarks.tables import add_outputs, facts_of_this_run, headline, markdown, plain_text, write_outputs
+from benchmarks.tables import (
+    COLLECT,
+    add_outputs,
+    facts_of_this_run,
+    headline,
+    markdown,
+    plain_text,
+    write_outputs,
+)
 from model.errors import UserError
 from model.flops import flops
 from trainer.build import model_config
@@ -287,7 +295,7 @@ def parse():
     add("--steps", type=int, default=20, help="of DDIM (default: 20)")
     add("--heldout", type=int, default=640)
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe, for every run")
-    add("--collect", action="store_true", help="only the table of what is there")
+    add(COLLECT, action="store_true", help="only the table of what is there")
     add_outputs(parser, "--json", "--markdown", "--svg")
     args = parser.parse_args()
     args.name = args.name or ("evidence-photos" if args.photos else "evidence")

@@ -17,6 +17,7 @@ from model.ops import available
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
+COLLECT = "--collect"  # only the table of what is there
 OUTPUTS = {
     "--json": "the numbers, too",
     "--markdown": "and the table, between its own lines of this file",
@@ -68,9 +69,11 @@ def machine():
 
 
 def command(script):
-    """The command line without its output files."""
+    """The command line that makes the numbers: without its output files, and whether or not they were there already."""
     words, skip = [], False
     for word in sys.argv[1:]:
+        if word == COLLECT:
+            continue
         output = word.split("=")[0] in OUTPUTS
         if not skip and not output:
             words.append(word)
