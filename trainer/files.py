@@ -69,8 +69,8 @@ def digest(values: Any) -> str:
 
 @contextmanager
 def writing(folder: Path | str, flag: str, mend: str = "") -> Iterator[None]:
-    """A disk that is full or may not be written is one line that names `flag`."""
+    """A disk that is full or may not be written is one line that names `flag`; of the kind of `kind_of`."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{flag}: cannot write to {folder}: {error.strerror or error}{mend}") from None
+        raise kind_of(error)(f"{flag}: cannot write to {folder}: {error.strerror or error}{mend}") from None

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -35,9 +35,9 @@ def sole_writer(folder: Path, wait: float | None = None) -> Iterator[None]:
         file = (folder / ".lock").open("a+")
     with file:
         if _locked(file, folder, WAIT if wait is None else wait):
-            file.truncate(0)
-            file.write(_who())
-            file.flush()
+            with suppress(OSError):  # the text is for messages alone, and nothing of it stays in a buffer
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), _who().encode())
         yield
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,8 @@ from trainer.checkpoint import innermost
 from trainer.config import Config
 from trainer.files import kind_of
 from trainer.parallel import Engine, World
+
+PROBE = 32 << 20  # bytes written to find out whether a disk is full
 
 
 class Saver:
@@ -126,10 +129,14 @@ class Saver:
                 "Mend that and run the same command again"
             )
 
-        # Whatever it is, the other ranks must not wait for this one for ever. Torch's own is no Exception.
-        return self.world.agree(
-            work, (Exception, CheckpointException), words, lambda error: kind_of(innermost(error))
-        )
+        def careful() -> Any:
+            try:
+                return work()
+            # Whatever it is, the other ranks must not wait for this one for ever. Torch's own is no Exception.
+            except (Exception, CheckpointException) as error:
+                raise _Failed(cause_of(error, self.folder)) from error
+
+        return self.world.agree(careful, _Failed, lambda e: words(e.cause), lambda e: kind_of(e.cause))
 
     def _finish(
         self, written: Future, own: Future | None, temporary: Path, final: Path, names: list[str],
@@ -154,7 +161,8 @@ class Saver:
         """Until every process has written its own files. Runs in the thread, when the group is free again."""
         error = own.exception()
         problems: list[tuple | None] = [None] * self.world.size
-        problem = (_reason(error), kind_of(innermost(error))) if error else None
+        cause = cause_of(error, self.folder) if error else None
+        problem = (_reason(cause), kind_of(cause)) if error else None
         dist.all_gather_object(problems, problem, group=self.group)
         for reason, kind in filter(None, problems):
             raise kind(reason) from error
@@ -180,9 +188,30 @@ def _fresh(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
+class _Failed(Exception):
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+def cause_of(error: BaseException, folder: Path) -> BaseException:
+    """The innermost error. Torch's writers hide what the disk said behind words of their own: then it is asked."""
+    cause = innermost(error)
+    if isinstance(cause, OSError | UserError):
+        return cause
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _ in range(PROBE >> 20):
+                file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as answer:
+        return answer
+    return cause
+
+
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line."""
-    error = innermost(error)
+    """A cause in one line."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:

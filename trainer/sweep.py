@@ -31,7 +31,7 @@ from trainer.drawing import in_turn
 from trainer.elastic import BINS, Calibration, Cost, TailDrop, calibration_file, has_router
 from trainer.files import check_folder, digest, write_text, writing
 from trainer.sampling.arguments import add_model_flags, add_sampler_flags, check, load_guide, settings_from
-from trainer.sampling.source import run_above, weights_hash
+from trainer.sampling.source import model_hash, run_above, weights_hash
 from trainer.signals import EXIT_OK, EXIT_STOPPED, POLL, StopFlag, Stopped
 
 RHOS = "0,0.1,0.2,0.3,0.4,0.5,0.6"
@@ -313,6 +313,7 @@ class Sweep:
         del settings["tail_drop"]  # a row each
         return {
             "checkpoint": str(self.source.path), "weights": weights_hash(self.source),
+            "model": model_hash(self.source),
             "images_seen": self.source.run.get("images"), **settings,
             "autoguidance": str(self.guide.path) if self.guide else None,
             "autoguidance_weights": weights_hash(self.guide) if self.guide else None, "vae": args.vae,
@@ -324,21 +325,29 @@ class Sweep:
         }  # fmt: skip
 
     def _before(self, about: dict[str, Any]) -> list[dict[str, Any]]:
-        """The rows of an earlier sweep of the same settings; rank 0's count. A curve of others gets another name."""
-        try:
-            values = json.loads(self._file("json").read_text())
-            rows = sorted(values.pop("rows"), key=lambda row: row["tail_drop"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
-        if values == json.loads(json.dumps(about)):  # as it is read again: tuples become lists
-            return rows
-        aside = f"{RESULT}-{digest(values)}"
+        """The rows of an earlier sweep of the same settings; rank 0's count. A curve of others gets another name, under
+        which it is found when its settings are asked for again."""
+        about = json.loads(json.dumps(about))  # as it is read again: tuples become lists
+        before = _read(self._file("json"))
+        if before is not None and not _same(before, about):
+            name = f"{RESULT}-{digest({key: value for key, value in before.items() if key != 'rows'})}"
+            self._rename(RESULT, name)
+            print(
+                f"the curve of other settings that was there is now {self._folder() / name}.json", flush=True
+            )
+            before = None
+        if before is None:
+            name = f"{RESULT}-{digest(about)}"
+            before = _read(self._folder() / f"{name}.json")
+            if before is not None:
+                self._rename(name, RESULT)
+        return sorted(before["rows"], key=lambda row: row["tail_drop"]) if before else []
+
+    def _rename(self, old: str, new: str) -> None:
         with writing(self._folder(), "--to"):
             for ending in ("md", "svg", "json"):
-                if self._file(ending).is_file():
-                    self._file(ending).replace(self._folder() / f"{aside}.{ending}")
-        print(f"the curve of other settings that was there is now {self._folder() / aside}.json", flush=True)
-        return []
+                if (self._folder() / f"{old}.{ending}").is_file():
+                    (self._folder() / f"{old}.{ending}").replace(self._folder() / f"{new}.{ending}")
 
     def _write(self, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """elastic.json (its schema is what `report` reads), elastic.md and elastic.svg."""
@@ -360,6 +369,20 @@ class Sweep:
         """Say it, and stop here where some process was signalled; every process calls it."""
         self._say(text)
         self.stop.check(self.world)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A curve that was written before; None where there is none that can be read."""
+    try:
+        values = json.loads(file.read_text())
+        return values if all("tail_drop" in row for row in values["rows"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _same(before: dict[str, Any], about: dict[str, Any]) -> bool:
+    """Whether a curve is of these settings; what an older version did not note cannot be compared."""
+    return all(before.get(key, value) == value for key, value in about.items())
 
 
 def open_heldout(source: Any, asked: str | None, checkpoint: str) -> tuple[Any, str | list[str]]:

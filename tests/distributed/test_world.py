@@ -59,6 +59,8 @@ def test_devices(four_gpus, monkeypatch):
 def test_a_gpu_that_was_given_and_is_gone_is_nobodys_input(four_gpus, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
     with pytest.raises(TransientError, match="torch sees 4 of the 5 GPUs"):
         world.pick_device()
@@ -69,7 +71,15 @@ def test_a_gpu_that_was_given_and_is_gone_is_nobodys_input(four_gpus, monkeypatc
     with pytest.raises(TransientError, match="torch sees 0 of the 5 GPUs"):
         world.pick_device()
     assert world.pick_device("cpu").type == "cpu"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for hidden in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert world.pick_device().type == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(TransientError, match="torch sees 0 of the 8 GPUs"):
+        world.pick_device()
+    monkeypatch.delenv("SLURM_JOB_ID")  # no job: a leftover
     assert world.pick_device().type == "cpu"
 
 

@@ -1,14 +1,17 @@
 """Which checkpoints stay."""
 
 import errno
+import resource
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from model.errors import TransientError, UserError
 from trainer.checkpoint import COMPLETE, prune, unreadable
 from trainer.files import kind_of
+from trainer.saver import cause_of
 from trainer.signals import exit_status
 
 
@@ -26,6 +29,24 @@ from trainer.signals import exit_status
 )
 def test_what_may_pass_is_tried_again_and_what_stays_is_not(error, status):
     assert exit_status(kind_of(error)("text")) == status
+
+
+def test_a_full_disk_behind_words_of_torchs_own_is_found_out(tmp_path):
+    """Its zip writer says "unexpected pos 704 vs 598", which is no OSError; so the disk is asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    hidden = CheckpointException("write", {0: (RuntimeError("unexpected pos 704 vs 598"), None)})
+    assert (
+        isinstance(cause_of(hidden, tmp_path), RuntimeError)
+        and kind_of(cause_of(hidden, tmp_path)) is TransientError
+    )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            torch.save(torch.zeros(1 << 20), tmp_path / "file.pt")
+        cause = cause_of(caught.value, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(cause, OSError) and cause.errno == errno.EFBIG and kind_of(cause) is UserError
 
 
 def test_a_checkpoint_whose_disk_is_away_is_not_called_damaged():

@@ -385,6 +385,13 @@ def test_a_sweep_that_is_stopped_goes_on_with_what_is_missing(trained, tmp_path,
     (aside,) = tmp_path.glob("elastic-*.json")
     assert json.loads(aside.read_text())["rows"] == more and aside.with_suffix(".svg").is_file()
     assert f"is now {aside}" in capsys.readouterr().out and other != every[1]
+    assert rows("--tail-drop", "0.3") == more and not drawn, "found again under its other name"
+    (aside,) = tmp_path.glob("elastic-*.json")
+    assert json.loads(aside.read_text())["rows"] == [other]
+    curve = json.loads((tmp_path / "elastic.json").read_text())
+    del curve["model"], curve["data_manifest"]  # as an older version wrote it
+    (tmp_path / "elastic.json").write_text(json.dumps(curve))
+    assert rows("--tail-drop", "0.3") == more and not drawn
     # The same path with other weights in it is another guide.
     guide = shutil.copytree(next(trained.glob("checkpoints/*/ema")), tmp_path / "guide")
     guided = ["--tail-drop", "0.3", "--guidance", "1.5", "--autoguidance", str(guide)]

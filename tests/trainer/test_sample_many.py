@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from model.errors import UserError
 from tests.trainer.synthetic_run import SIZE, export, manifest, run_folder, tiny_model
 from trainer import cli
 from trainer.data import open_source
@@ -23,7 +24,7 @@ from trainer.drawing import Settings, generate, in_turn, load_source
 from trainer.sampling import bulk
 from trainer.sampling.arguments import parser, settings_from
 from trainer.sampling.decode import to_pictures
-from trainer.sampling.source import as_source, weights_hash
+from trainer.sampling.source import as_source, model_hash
 from trainer.sampling.store import STATS, Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,7 +218,7 @@ def test_a_batch_that_a_crash_cut_short_is_drawn_again(tmp_path):
     (second, third) = sorted(store.parts.glob("*.npz"))[1:]
     second.write_bytes(b"")
     third.write_bytes(third.read_bytes()[:-200])
-    assert store.missing().tolist() == [2, 3, 4, 5] and not second.exists()
+    assert store.missing(np.zeros(6, int)).tolist() == [2, 3, 4, 5] and not second.exists()
 
 
 def test_pictures_that_are_not_finite_are_no_black_ones(tmp_path, capsys):
@@ -235,11 +236,29 @@ def test_pictures_that_are_not_finite_are_no_black_ones(tmp_path, capsys):
 def test_what_the_model_makes_of_its_weights_is_part_of_what_they_are():
     """`--heads` of a released file changes every picture and not one weight; how it computes changes nothing."""
     model = tiny_model()
-    config, before = model.config, weights_hash(as_source(model, {}))
+    config, before = model.config, model_hash(as_source(model, {}))
     model.config = dataclasses.replace(config, num_heads=4)
-    assert weights_hash(as_source(model, {})) != before
+    assert model_hash(as_source(model, {})) != before
     model.config = dataclasses.replace(config, ops_backend="torch")
-    assert weights_hash(as_source(model, {})) == before
+    assert model_hash(as_source(model, {})) == before
+
+
+def test_a_folder_of_an_older_version_goes_on_unless_its_classes_were_others(
+    run, reference, tmp_path, capsys
+):
+    """Its record has fewer entries."""
+    target = shutil.copytree(reference, tmp_path / "older")
+    record = json.loads((target / "sampling.json").read_text())
+    del record["model"]
+    (target / "sampling.json").write_text(json.dumps(record))
+    draw(run, target, "--batch", "2")
+    assert "already complete" in capsys.readouterr().out
+    store = Store(tmp_path / "part", "npz", 4, 100)
+    store.begin({"weights": "w"})
+    store.add([0, 1], [0, 1], np.zeros((2, 4, 4, 3), np.uint8), {name: np.zeros(2) for name in STATS})
+    assert store.missing(np.array([0, 1, 2, 3])).tolist() == [2, 3]
+    with pytest.raises(UserError, match="holds pictures of other classes"):
+        store.missing(np.array([0, 2, 4, 6]))
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,9 @@ def pick_device(device: str = "auto") -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     number, given = rank_and_size()[2], _given_gpus()
-    if number < given and number >= count and (torch.version.cuda or torch.version.hip):
+    # Without any, outside of Slurm, a variable may be a leftover: the CPU, unless other processes do have GPUs.
+    told = (torch.version.cuda or torch.version.hip) and (count or "SLURM_JOB_ID" in os.environ)
+    if told and count <= number < given:
         raise TransientError(
             f"{socket.gethostname()}: torch sees {count} of the {given} GPUs that this job was given: one has failed; "
             "drain the node (or --device cpu to train without)"
@@ -164,9 +166,8 @@ def pick_device(device: str = "auto") -> torch.device:
 def _given_gpus() -> int:
     """How many GPUs of this node the environment names; 0 where it says nothing."""
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
-        listed = [entry for entry in os.environ.get(name, "").split(",") if entry.strip() not in ("", "-1")]
-        if listed:
-            return len(listed)
+        if name in os.environ:  # also where it hides them all, which is somebody's wish
+            return sum(entry.strip() not in ("", "-1", "NoDevFiles") for entry in os.environ[name].split(","))
     granted = os.environ.get("SLURM_GPUS_ON_NODE", "")
     return int(granted) if granted.isdigit() else 0
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from model.pretrained import fingerprint
+from trainer import slurm
 from trainer.drawing import Drawn, draw_batch, in_turn, stream_keys
 from trainer.elastic import amount, budget_line, with_budget
 from trainer.files import writing
@@ -25,7 +26,7 @@ from trainer.randomness import rng
 from trainer.sampling.arguments import load_guide, parse_classes, settings_from
 from trainer.sampling.decode import check_finite, to_pictures
 from trainer.sampling.progress import Line, clock
-from trainer.sampling.source import Source, agreed, check_device, load_source, weights_hash
+from trainer.sampling.source import Source, agreed, check_device, load_source, model_hash, weights_hash
 from trainer.sampling.store import Store
 from trainer.signals import EXIT_OK, EXIT_STOPPED, POLL, StopFlag, Stopped
 from trainer.vae import load_vae_for
@@ -75,7 +76,9 @@ class Bulk:
             if world.main:
                 print(f"already complete: {self.args.to}", flush=True)
             return True
-        missing = world.broadcast(self._together(lambda: self.store.missing() if world.main else None))
+        missing = self._together(lambda: self.store.missing(self.labels) if world.main else None)
+        missing = world.broadcast(missing)
+        slurm.note_start(self.args.num - len(missing))
         done = self._draw(missing) and self._finish(record)
         self.line.show("")
         return done
@@ -154,6 +157,7 @@ class Bulk:
         source, args = self.source, self.args
         return {
             "checkpoint": str(source.path), "weights": self._once(lambda: weights_hash(source)),
+            "model": model_hash(source),
             "images_seen": source.run.get("images"), "num": args.num, "classes": args.classes,
             "format": self.store.format, "shard": args.shard, **self.settings.record(source),
             "autoguidance": self._once(lambda: weights_hash(self.guide)) if self.guide else None,

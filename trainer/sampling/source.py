@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from trainer.files import digest
 
 
 @dataclass
@@ -82,16 +83,17 @@ def run_above(path: Path) -> Path | None:
 
 
 def weights_hash(source: Source) -> str:
-    """Of the numbers and of what the model makes of them (heads, sigma), not of the file, whose header may be in any
-    order: a checkpoint that was moved or exported again is the same, a run that was trained on is not."""
+    """Of the numbers, not of the file, whose header may be in any order: a checkpoint that was moved or exported again
+    is the same, a run that was trained on is not."""
     from model.pretrained import fingerprint
 
+    return fingerprint(source.model)[:32]
+
+
+def model_hash(source: Source) -> str:
+    """Of what the model makes of its weights: heads, sigma, and all else of its config but the way it is computed."""
     config = source.model.config.to_dict().items()
-    shape = {
-        key: value for key, value in config if not key.endswith("_backend")
-    }  # any gives the same to rounding
-    whole = fingerprint(source.model) + json.dumps(shape, sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+    return digest({key: value for key, value in config if not key.endswith("_backend")})
 
 
 def agreed(path: str | None, world: Any, flag: str = "--checkpoint") -> str | None:

@@ -71,23 +71,31 @@ class Store:
                 f"--to: {self.folder} holds pictures of the weights of {before.get('checkpoint')}, and those of "
                 f"{record['checkpoint']} are others; give --checkpoint {before.get('checkpoint')} to go on, {other}"
             )
-        for key, value in record.items():
-            if key not in FREE and before.get(key) != value:
+        for key, value in record.items():  # what an older version did not note cannot be compared
+            if key not in FREE and key in before and before[key] != value:
                 raise UserError(
                     f"--to: {self.folder} holds pictures made with {key} {before.get(key)!r}, now it is {value!r}; "
                     f"{other}"
                 )
 
-    def missing(self) -> np.ndarray:
+    def missing(self, labels: np.ndarray) -> np.ndarray:
         """The numbers of the pictures that no finished batch has, ascending. Rank 0 alone: batches that a crash of the
-        node left unreadable are removed, to be drawn again."""
+        node left unreadable are removed, to be drawn again. Raises UserError where they are not of the classes
+        `labels`: an older version may have chosen others."""
         todo = np.ones(self.num, bool)
         for part in self.parts.glob("*.npz"):
             try:
                 with np.load(part) as values:
                     for name in values.files:  # a node that crashed may have left any part of it
                         values[name]
-                    todo[values["places"]] = False
+                    places, drawn = values["places"], values["labels"]
+                if (labels[places] != drawn).any():
+                    raise UserError(
+                        f"--to: {self.folder} holds pictures of other classes; take another folder"
+                    )
+                todo[places] = False
+            except UserError:
+                raise
             except (EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error):
                 part.unlink()
         return np.flatnonzero(todo)
