@@ -323,7 +323,7 @@ def test_pictures_of_two_sizes_do_not_compare_offline(run, tmp_path, capsys):
         ("--samples DATA --reference DATA --no-clip", "--clip: goes with --checkpoint"),
         ("--checkpoint RUN --num 4 --features offline --to /proc/x/e.json", "--to: cannot write to /proc/x"),
         ("--checkpoint RUN --num 4 --features offline --keep /proc/x", "--keep: cannot write to /proc/x"),
-        ("--checkpoint RUN --num 4 --features offline --keep OTHERS", "holds pictures without a kept.json .*, such as 000000004.png"),
+        ("--checkpoint RUN --num 4 --features offline --keep OTHERS", "pictures without a kept.json .* 000000004.png"),
         ("--checkpoint RUN --num 4 --features offline --vae x/y", "--vae: the model makes pixels"),
         ("--checkpoint nowhere --num 4", "no such file or folder nowhere"),
         ("--samples RUN --reference RUN --keep x", "--keep"),
