@@ -331,13 +331,7 @@ def main():
     rows, facts = collect(args, manifest), facts_of_this_run("benchmarks/evidence.py")
     chart = plot(rows, args, manifest) if args.svg else None
     print("\n" + headline(facts) + "\n" + plain_text(table(rows), left=1))
-    write_outputs(
-        args,
-        "evidence-photos" if args.photos else "evidence",
-        markdown(table(rows), facts, left=1),
-        facts | {"rows": rows},
-        chart,
-    )
+    write_outputs(args, args.name, markdown(table(rows), facts, left=1), facts | {"rows": rows}, chart)
 
 
 if __name__ == "__main__":

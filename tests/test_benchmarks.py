@@ -177,6 +177,15 @@ def test_evidence_trains_measures_and_then_finds_its_work_done(small_scenes, tmp
     again = run()
     assert again.returncode == 0 and "images" not in again.stdout.split("model")[0], again.stdout
     assert (tmp_path / "runs/dcdit-0/metrics.jsonl").read_bytes() == before
+    doc = tmp_path / "doc.md"
+    doc.write_text("<!-- own -->\n<!-- end own -->\n<!-- evidence -->\nkept\n<!-- end evidence -->\n")
+    assert run("--collect", "--name", "own", "--markdown", str(doc)).returncode == 0
+    own, rest = doc.read_text().split("<!-- end own -->")
+    assert (
+        "| DiT/2 |" in own
+        and "--collect" not in own
+        and rest == "\n<!-- evidence -->\nkept\n<!-- end evidence -->\n"
+    )
     failed = run("--set", "optimizer.lr=-1")
     assert failed.returncode == 2 and failed.stderr.startswith("error: optimizer.lr: must be above 0")
     failed = run("--set", "ops.backend=triton", "--to", str(tmp_path / "other"))
