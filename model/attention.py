@@ -192,11 +192,9 @@ def _problem(name: str, device_index: int, head_dim: int) -> str:
         error = trial(name, torch.device("cuda", device_index), head_dim)
     except Exception as problem:  # a kernel may fail in any way of its own
         return f"fails on this GPU at head width {head_dim} ({_brief(problem)})"
-    return (
-        ""
-        if error < 0.02
-        else f"gives wrong numbers on this GPU at head width {head_dim} (off by {error:.2g})"
-    )
+    if error < 0.02:
+        return ""
+    return f"gives wrong numbers on this GPU at head width {head_dim} (off by {error:.2g})"
 
 
 def trial(name: str, device: torch.device, head_dim: int) -> float:

@@ -76,9 +76,8 @@ class HostUpdate:
         self, copied: Any, device: torch.device, averages: list[list[torch.Tensor]], decays: list[float]
     ) -> None:
         if copied is not None:
-            torch.cuda.set_device(
-                device
-            )  # a thread begins on the node's first GPU, and would open a context there
+            # A thread begins on the node's first GPU, and would open a context there.
+            torch.cuda.set_device(device)
             copied.synchronize()
         for average, decay in zip(averages, decays, strict=True):
             torch._foreach_lerp_(average, self._staged, 1.0 - decay)

@@ -232,15 +232,12 @@ class Evaluation:
 
     def _drawn(self) -> dict[str, Any]:
         """What the pictures are a function of."""
-        from model.pretrained import fingerprint
-        from trainer.sampling.source import model_hash, weights_hash
+        from trainer.sampling.source import hashes
 
         settings = {key: value for key, value in self.settings.record(self.source).items() if key != "batch"}
         return {
-            "num": self.args.num, "classes": self.args.classes, "weights": weights_hash(self.source),
-            "model": model_hash(self.source), **settings,
-            "autoguidance": weights_hash(self.guide) if self.guide else None,
-            "vae_weights": fingerprint(self.vae)[:32] if self.vae is not None else None,
+            "num": self.args.num, "classes": self.args.classes, **settings,
+            **hashes(self.source, self.guide, self.vae),
         }  # fmt: skip
 
     def target(self) -> Path:
@@ -353,19 +350,13 @@ def check_keep(folder: Path, drawn: dict[str, Any]) -> None:
         before = json.loads(record.read_text())
     except (OSError, ValueError):
         before = None
-    drawn_into = next(
-        (name for name in (RECORD, PARTS) if (folder / name).exists()), None
-    )  # by `dcdit sample`
+    # What `dcdit sample` leaves: such a folder is its own.
+    drawn_into = next((name for name in (RECORD, PARTS) if (folder / name).exists()), None)
     there = drawn_into or next((file.name for file in folder.glob("*.png") if file.is_file()), None)
     if drawn_into or (there and before != drawn):
-        which = (
-            "other pictures"
-            if drawn_into or before
-            else f"pictures without a {KEPT} that says which they are"
-        )
-        raise UserError(
-            f"--keep: {folder} holds {which}, such as {there}; give another folder, or delete them"
-        )
+        nameless = f"pictures without a {KEPT} that says which they are"
+        which = "other pictures" if drawn_into or before else nameless
+        raise UserError(f"--keep: {folder} holds {which}, such as {there}; give another folder, or delete it")
     write_text(record, json.dumps(drawn, indent=1) + "\n", "--keep")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from model.errors import TransientError, UserError
-from trainer.files import writing
+from trainer.files import NO_LOCKS, writing
 
 _JOB = re.compile(r"Slurm job (?P<job>\w+), restart (?P<restart>\d+)")
 WAIT = 30.0  # seconds for one that is on its way out: a killed process whose node still has to notice
@@ -34,7 +34,9 @@ def sole_writer(folder: Path, wait: float | None = None) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
     with file:
-        if _locked(file, folder, WAIT if wait is None else wait):
+        with writing(folder, "run.dir"):
+            held = _locked(file, folder, WAIT if wait is None else wait)
+        if held:
             with suppress(OSError):  # the text is for messages alone, and nothing of it stays in a buffer
                 os.ftruncate(file.fileno(), 0)
                 os.write(file.fileno(), _who().encode())
@@ -49,12 +51,14 @@ def _locked(file: TextIO, folder: Path, wait: float) -> bool:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno in NO_LOCKS:
                 _warn(
                     f"{folder} is on a file system without locks ({error.strerror}); see to it that no second trainer "
                     "uses it"
                 )
                 return False
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
         file.seek(0)
         holder = file.read().strip() or "another process"
         if time.monotonic() >= deadline:

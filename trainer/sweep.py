@@ -26,12 +26,11 @@ if __name__ == "__main__":
 import numpy as np
 
 from model.errors import UserError
-from model.pretrained import fingerprint
 from trainer.drawing import in_turn
 from trainer.elastic import BINS, Calibration, Cost, TailDrop, calibration_file, has_router
 from trainer.files import check_folder, digest, write_text, writing
 from trainer.sampling.arguments import add_model_flags, add_sampler_flags, check, load_guide, settings_from
-from trainer.sampling.source import model_hash, run_above, weights_hash
+from trainer.sampling.source import hashes, run_above
 from trainer.signals import EXIT_OK, EXIT_STOPPED, POLL, StopFlag, Stopped
 
 RHOS = "0,0.1,0.2,0.3,0.4,0.5,0.6"
@@ -311,13 +310,11 @@ class Sweep:
         args, name = self.args, features and features.name
         settings = dataclasses.replace(self.settings, uncond_tail_drop=self.other).record(self.source)
         del settings["tail_drop"]  # a row each
+        known = hashes(self.source, self.guide, self.vae)
         return {
-            "checkpoint": str(self.source.path), "weights": weights_hash(self.source),
-            "model": model_hash(self.source),
-            "images_seen": self.source.run.get("images"), **settings,
+            "checkpoint": str(self.source.path), "images_seen": self.source.run.get("images"), **settings, **known,
             "autoguidance": str(self.guide.path) if self.guide else None,
-            "autoguidance_weights": weights_hash(self.guide) if self.guide else None, "vae": args.vae,
-            "vae_weights": fingerprint(self.vae)[:32] if self.vae is not None else None,
+            "autoguidance_weights": known["autoguidance"], "vae": args.vae,
             "data": self.where, "data_manifest": digest(self.data.manifest.to_dict()),
             "num": args.num, "heldout": min(args.heldout, len(self.data)),
             "device": self.source.device.type, "features": name, "features_path": args.features_path,

@@ -68,7 +68,7 @@ def deepspeed_config(config: Config, world_size: int, micro: int) -> dict[str, A
     timers = {}
     if config.parallel.zero_stage < 3:
         # DeepSpeed's own throughput timer waits for the device in every forward; the progress line has ours. Not under
-        # ZeRO 3: there these waits alone order an update before the gathering, on another stream, that reads it.
+        # ZeRO 3: nothing else was found there that orders an update before the gathering, on another stream, of it.
         timers = {"timers": {"throughput": {"enabled": False}}}
     if config.parallel.zero_stage == 3:
         # Whole copies kept of small weights would go stale in an EMA copy, which is updated by its partitions.

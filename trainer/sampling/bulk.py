@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.pretrained import fingerprint
 from trainer import slurm
 from trainer.drawing import Drawn, draw_batch, in_turn, stream_keys
 from trainer.elastic import amount, budget_line, with_budget
@@ -26,7 +25,7 @@ from trainer.randomness import rng
 from trainer.sampling.arguments import load_guide, parse_classes, settings_from
 from trainer.sampling.decode import check_finite, to_pictures
 from trainer.sampling.progress import Line, clock
-from trainer.sampling.source import Source, agreed, check_device, load_source, model_hash, weights_hash
+from trainer.sampling.source import Source, agreed, check_device, hashes, load_source
 from trainer.sampling.store import Store
 from trainer.signals import EXIT_OK, EXIT_STOPPED, POLL, StopFlag, Stopped
 from trainer.vae import load_vae_for
@@ -156,13 +155,10 @@ class Bulk:
         """What the pictures are a function of, and some more. Every process calls it."""
         source, args = self.source, self.args
         return {
-            "checkpoint": str(source.path), "weights": self._once(lambda: weights_hash(source)),
-            "model": model_hash(source),
+            "checkpoint": str(source.path), **self._once(lambda: hashes(source, self.guide, self.vae)),
             "images_seen": source.run.get("images"), "num": args.num, "classes": args.classes,
             "format": self.store.format, "shard": args.shard, **self.settings.record(source),
-            "autoguidance": self._once(lambda: weights_hash(self.guide)) if self.guide else None,
             "vae": args.vae, "vae_batch": args.vae_batch,
-            "vae_weights": self._once(lambda: fingerprint(self.vae)[:32]) if self.vae is not None else None,
             "picture": "pixels" if self.vae is None else "decoded latents",
             "budget": self.budget, "device": self.source.device.type, "processes": self.world.size,
             "torch": torch.__version__,

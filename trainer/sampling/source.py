@@ -96,6 +96,17 @@ def model_hash(source: Source) -> str:
     return digest({key: value for key, value in config if not key.endswith("_backend")})
 
 
+def hashes(source: Source, guide: Source | None, vae: Any) -> dict[str, Any]:
+    """Of all the weights that a picture is a function of, and of what their models make of them, for records."""
+    from model.pretrained import fingerprint
+
+    return {
+        "weights": weights_hash(source), "model": model_hash(source),
+        "autoguidance": weights_hash(guide) if guide else None,
+        "vae_weights": fingerprint(vae)[:32] if vae is not None else None,
+    }  # fmt: skip
+
+
 def agreed(path: str | None, world: Any, flag: str = "--checkpoint") -> str | None:
     """`path`, or where it is a run its newest checkpoint, as rank 0 finds it: a run that trains on may have another one
     a moment later. Every process calls it. Raises what `load_source` raises, on all of them."""
